@@ -1,0 +1,66 @@
+"""Proto <-> nouns: the only place that converts one into the other."""
+
+from kvrelay.wire.client_requests import (
+    abort_request_to_proto,
+    generate_request_to_proto,
+    sampling_params_from_proto,
+    sampling_params_to_proto,
+)
+from kvrelay.wire.cluster import (
+    cluster_status_from_proto,
+    gateway_status_to_proto,
+    held_blocks_from_proto,
+    held_blocks_to_proto,
+    models_from_proto,
+    models_to_proto,
+    queue_status_to_proto,
+    worker_status_to_proto,
+)
+from kvrelay.wire.errors import error_from_status, error_to_status
+from kvrelay.wire.requests import (
+    chunk_from_proto,
+    chunk_to_proto,
+    finish_reason_from_proto,
+    finish_reason_to_proto,
+    logprobs_from_proto,
+    logprobs_to_proto,
+    request_from_proto,
+    request_to_proto,
+    timings_from_proto,
+    timings_to_proto,
+    token_from_proto,
+    tokens_from_proto,
+    usage_from_proto,
+    usage_to_proto,
+)
+
+__all__ = [
+    "abort_request_to_proto",
+    "chunk_from_proto",
+    "chunk_to_proto",
+    "cluster_status_from_proto",
+    "error_from_status",
+    "error_to_status",
+    "finish_reason_from_proto",
+    "finish_reason_to_proto",
+    "gateway_status_to_proto",
+    "generate_request_to_proto",
+    "held_blocks_from_proto",
+    "held_blocks_to_proto",
+    "logprobs_from_proto",
+    "logprobs_to_proto",
+    "models_from_proto",
+    "models_to_proto",
+    "queue_status_to_proto",
+    "request_from_proto",
+    "request_to_proto",
+    "sampling_params_from_proto",
+    "sampling_params_to_proto",
+    "timings_from_proto",
+    "timings_to_proto",
+    "token_from_proto",
+    "tokens_from_proto",
+    "usage_from_proto",
+    "usage_to_proto",
+    "worker_status_to_proto",
+]
