@@ -1,0 +1,138 @@
+"""The writing side of the registry: a worker or a gateway that says twice a second that it is there."""
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Callable
+
+from redis.asyncio import Redis
+
+from kvrelay.control.registry import (
+    HEARTBEAT_SECONDS,
+    LEASE_SECONDS,
+    GatewayRecord,
+    Lease,
+    WorkerLoad,
+    WorkerRecord,
+    seal_lease,
+)
+from kvrelay.control.script import Scripts
+from kvrelay.errors import FailedPrecondition, Unavailable
+
+__all__ = ["Registration"]
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class Registration:
+    """One member's lease, renewed by a task of its own until it is withdrawn.
+
+    Each heartbeat writes everything there is to know of the member, so a wiped Redis is filled again by itself. A
+    Redis that fails is logged once and tried again for ever. A later start of the same id takes the lease away:
+    `superseded` tells, and nothing is written any more.
+
+    Args:
+        cluster_key: the secret that all processes of the cluster share.
+        load: asked at each heartbeat; None for a gateway.
+        lease_seconds: after this time without a heartbeat the member counts as gone.
+        interval: seconds between heartbeats.
+    """
+
+    def __init__(
+        self,
+        redis: Redis,
+        cluster_key: bytes,
+        load: Callable[[], WorkerLoad] | None = None,
+        *,
+        lease_seconds: float = LEASE_SECONDS,
+        interval: float = HEARTBEAT_SECONDS,
+    ) -> None:
+        self._cluster_key = cluster_key
+        self._load = load
+        self._lease_ms = int(lease_seconds * 1000)
+        self._interval = interval
+        scripts = Scripts(redis)
+        self._next_epoch = scripts.load("registry", "next_epoch")
+        self._write_lease = scripts.load("registry", "heartbeat")
+        self._record: WorkerRecord | GatewayRecord | None = None
+        self._beat = 0
+        self._superseded = False
+        self._failing = False
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def superseded(self) -> bool:
+        """Whether the last heartbeat was refused because a later start of the same id has registered."""
+        return self._superseded
+
+    async def start(self, record: WorkerRecord | GatewayRecord) -> int:
+        """Registers; the record's own epoch is passed over.
+
+        Returns:
+            The epoch, which is higher than any that this id had before.
+
+        Raises:
+            Unavailable: Redis cannot be reached.
+            FailedPrecondition: this Registration has been started already.
+        """
+        if self._task is not None:
+            raise FailedPrecondition("The registration has been started already.")
+        epoch = int(await self._next_epoch(record.member))
+        self._record = dataclasses.replace(record, epoch=epoch)
+        self._beat = 0
+        await self.heartbeat(self._load() if self._load else None)
+        self._task = asyncio.create_task(self._run(), name=f"heartbeat of {record.member}")
+        return epoch
+
+    async def heartbeat(self, load: WorkerLoad | None) -> None:
+        """Renews the lease at once, with this load, in one round trip.
+
+        Raises:
+            Unavailable: Redis cannot be reached.
+            FailedPrecondition: before `start` or after `withdraw`.
+        """
+        await self._write(load, withdrawn=False)
+
+    async def withdraw(self) -> None:
+        """Ends the lease; readers drop the member at their next look. Without Redis it ends by itself."""
+        if self._task is None:
+            return
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+        self._task = None
+        # A signed farewell, because readers do not believe a key that is merely missing.
+        with contextlib.suppress(Unavailable):
+            await self._write(self._load() if self._load else None, withdrawn=True)
+        self._record = None
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(self._interval)
+            try:
+                await self.heartbeat(self._load() if self._load else None)
+            except Unavailable:
+                self._note_outage(None)
+            except Exception as error:
+                # A defect in what tells the load must not take the worker's name away silently.
+                self._note_outage(error)
+            else:
+                self._failing = False
+
+    def _note_outage(self, error: Exception | None) -> None:
+        if not self._failing:
+            _LOGGER.warning("heartbeats fail; they are tried again", exc_info=error)
+        self._failing = True
+
+    async def _write(self, load: WorkerLoad | None, *, withdrawn: bool) -> None:
+        record = self._record
+        if record is None:
+            raise FailedPrecondition("The registration has not been started.")
+        self._beat += 1
+        lease = Lease(record, self._beat, load, withdrawn)
+        text = seal_lease(lease, self._cluster_key)
+        accepted = await self._write_lease(record.member, text, self._lease_ms, record.epoch)
+        if not accepted and not self._superseded:
+            _LOGGER.error("%s: a later start has taken over; this process is out of the registry", record.member)
+        self._superseded = not accepted
