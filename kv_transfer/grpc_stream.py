@@ -1,0 +1,40 @@
+"""The transport for any two hosts: the bytes ride in the events of the pull."""
+
+import functools
+from collections.abc import Sequence
+
+from kv_transfer.blocks import read_bytes
+from kv_transfer.threads import run_on_blocks
+from kv_transfer.transport import TransferFailed
+from kvrelay.engine.kv_cache import KvCache
+
+__all__ = ["GrpcReceiver", "GrpcSender"]
+
+
+class GrpcSender:
+    """Puts the blocks' bytes into the event."""
+
+    def __init__(self, cache: KvCache) -> None:
+        self._cache = cache
+
+    def payload(self, block_ids: Sequence[int]) -> bytes:
+        return read_bytes(self._cache, block_ids)
+
+
+class GrpcReceiver:
+    """Writes the event's bytes into the own pool."""
+
+    name = "grpc"
+
+    def __init__(self, cache: KvCache) -> None:
+        self._cache = cache
+
+    async def receive(self, source_block_ids: Sequence[int], destination_block_ids: Sequence[int], data: bytes) -> None:
+        expected = len(destination_block_ids) * self._cache.layout.block_bytes
+        if len(data) != expected:
+            raise TransferFailed(f"{len(data)} bytes came instead of {expected}", reason="WRONG_LENGTH")
+        write = functools.partial(self._cache.write_blocks, destination_block_ids, data)
+        await run_on_blocks(self._cache, len(destination_block_ids), write)
+
+    def close(self) -> None:
+        """There is nothing to free: the channel is the link's."""

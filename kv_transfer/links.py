@@ -1,0 +1,212 @@
+"""A decode worker's links: one to each prefill worker."""
+
+import asyncio
+import contextlib
+import logging
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from typing import Protocol
+
+from grpc import aio
+
+from kv_transfer.choice import choose_transport
+from kv_transfer.layouts import check_layouts, layout_to_proto
+from kv_transfer.transport import BlockReceiver
+from kvrelay.control.membership import WorkerEntry
+from kvrelay.control.registry import WorkerRecord
+from kvrelay.engine.kv_cache import KvCache
+from kvrelay.errors import FailedPrecondition, KvrelayError, NotFound
+from kvrelay.request import WorkerRole
+from kvrelay.rpc import open_channel, translated
+from kvrelay.v1 import kv_pb2, kv_pb2_grpc
+
+__all__ = ["Directory", "Link", "Links"]
+
+log = logging.getLogger(__name__)
+
+PAIR_SECONDS = 5.0
+# The gateway may have seen a new worker in the registry a moment before this process does.
+REGISTRY_LAG_SECONDS = 1.0
+
+
+class Directory(Protocol):
+    """What the links need of `kvrelay.control.directory.WorkerDirectory`."""
+
+    def snapshot(self) -> Mapping[str, WorkerEntry]: ...
+
+    async def wait_for(self, predicate: Callable[[Mapping[str, WorkerEntry]], bool], timeout: float) -> None: ...
+
+
+class Link:
+    """One start of a prefill worker, paired: both mean the same by a block and agree how blocks travel."""
+
+    def __init__(self, record: WorkerRecord, channel: aio.Channel, receiver: BlockReceiver) -> None:
+        self.record = record
+        self.channel = channel
+        self.receiver = receiver
+        self.stub = kv_pb2_grpc.KvServiceStub(channel)
+        self._num_users = 0
+        self._unused = asyncio.Event()
+        self._unused.set()
+
+    @contextlib.contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keeps the link open inside."""
+        self._num_users += 1
+        self._unused.clear()
+        try:
+            yield
+        finally:
+            self._num_users -= 1
+            if self._num_users == 0:
+                self._unused.set()
+
+    async def close_when_unused(self) -> None:
+        # The receiver's file must not be closed, and its number given to another, under a copy.
+        await self._unused.wait()
+        await self.channel.close(None)
+        self.receiver.close()
+
+
+class Links:
+    """Prefill worker id -> link. Belongs to one event loop.
+
+    Addresses and pools come from the registry alone. A link is made as soon as the registry tells of a prefill worker,
+    lest the first request waits for it, or else when it is first used; and made anew when the worker has started anew.
+
+    Args:
+        worker_id: this decode worker's.
+        preference: "auto", "shm" or "grpc", as `kv_transfer.choice` has it.
+
+    Attributes:
+        epoch: this decode worker's; 0 until it has registered. Tells the prefill worker's log who it is.
+    """
+
+    def __init__(self, directory: Directory, worker_id: str, cache: KvCache, preference: str = "auto") -> None:
+        self.epoch = 0
+        self._directory = directory
+        self._worker_id = worker_id
+        self._cache = cache
+        self._preference = preference
+        self._links: dict[str, Link] = {}
+        self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._closing: dict[asyncio.Task[None], Link] = {}
+        self._pairing: dict[str, asyncio.Task[None]] = {}
+
+    @contextlib.asynccontextmanager
+    async def use(self, worker_id: str, epoch: int) -> AsyncIterator[Link]:
+        """The link to this start of a prefill worker, which stays open inside.
+
+        Raises:
+            NotFound: the registry does not know the worker; reason WORKER_UNKNOWN.
+            FailedPrecondition: it knows another epoch (STALE_EPOCH), the layouts differ (LAYOUT_MISMATCH), or the
+                forced transport cannot work.
+            Unavailable, DeadlineExceeded: the worker does not answer.
+        """
+        link = await self._find(worker_id, epoch)
+        with link.in_use():
+            yield link
+
+    def status(self) -> list[tuple[str, str]]:
+        """Prefill worker id and transport of each link."""
+        return sorted((worker_id, link.receiver.name) for worker_id, link in self._links.items())
+
+    def follow(self) -> None:
+        """Drops the links to who departed, and pairs with who has come; for `WorkerDirectory.on_change`."""
+        self.drop_departed()
+        for entry in self._directory.snapshot().values():
+            if self.epoch and entry.record.role is WorkerRole.PREFILL:
+                self._pair_soon(entry.record)
+
+    def drop_departed(self) -> None:
+        """Closes the links to workers that have gone or started anew.
+
+        An open link keeps a dead worker's pool in memory. Pulls that still run end by themselves.
+        """
+        workers = self._directory.snapshot()
+        for worker_id, link in list(self._links.items()):
+            if worker_id not in workers or workers[worker_id].record.epoch != link.record.epoch:
+                self._retire(worker_id)
+
+    async def close(self) -> None:
+        """Ends the pulls that run, and all links."""
+        for task in list(self._pairing.values()):
+            task.cancel()
+        await asyncio.gather(*self._pairing.values(), return_exceptions=True)
+        for worker_id in list(self._links):
+            self._retire(worker_id)
+        for link in list(self._closing.values()):
+            await link.channel.close(None)
+        await asyncio.gather(*self._closing)
+
+    def _pair_soon(self, record: WorkerRecord) -> None:
+        worker_id = record.worker_id
+        if worker_id not in self._links and worker_id not in self._pairing:
+            task = asyncio.create_task(self._pair_ahead(record), name=f"pairing with {worker_id}")
+            self._pairing[worker_id] = task
+            task.add_done_callback(lambda _: self._pairing.pop(worker_id))
+
+    async def _pair_ahead(self, record: WorkerRecord) -> None:
+        try:
+            await self._find(record.worker_id, record.epoch)
+        except KvrelayError as error:
+            # Whoever uses the link tries again, and is told.
+            log.info("cannot pair with prefill worker %s yet: %s", record.worker_id, error.message)
+
+    async def _find(self, worker_id: str, epoch: int) -> Link:
+        await self._catch_up(worker_id, epoch)
+        record = self._record(worker_id, epoch)
+        async with self._locks[worker_id]:
+            link = self._links.get(worker_id)
+            if link is not None and link.record.epoch == epoch:
+                return link
+            if link is not None:
+                self._retire(worker_id)
+            link = self._links[worker_id] = await self._connect(record)
+            log.info("paired with prefill worker %s, epoch %d: %s", worker_id, epoch, link.receiver.name)
+            return link
+
+    async def _catch_up(self, worker_id: str, epoch: int) -> None:
+        def seen(workers: Mapping[str, WorkerEntry]) -> bool:
+            return worker_id in workers and workers[worker_id].record.epoch >= epoch
+
+        if not seen(self._directory.snapshot()):
+            with contextlib.suppress(TimeoutError):
+                await self._directory.wait_for(seen, REGISTRY_LAG_SECONDS)
+
+    def _record(self, worker_id: str, epoch: int) -> WorkerRecord:
+        entry = self._directory.snapshot().get(worker_id)
+        if entry is None:
+            raise NotFound(f"no worker {worker_id} is registered", reason="WORKER_UNKNOWN")
+        if entry.record.epoch != epoch:
+            raise _stale_epoch(worker_id)
+        return entry.record
+
+    async def _connect(self, record: WorkerRecord) -> Link:
+        channel = open_channel(record.address)
+        async with contextlib.AsyncExitStack() as unless_paired:
+            unless_paired.push_async_callback(channel.close, None)
+            await self._pair(record, kv_pb2_grpc.KvServiceStub(channel))
+            receiver = choose_transport(self._preference, record.shm, record.epoch, self._cache)
+            unless_paired.pop_all()
+        return Link(record, channel, receiver)
+
+    async def _pair(self, record: WorkerRecord, stub: "kv_pb2_grpc.KvServiceAsyncStub") -> None:
+        layout = layout_to_proto(self._cache.layout)
+        request = kv_pb2.PairRequest(decode_worker_id=self._worker_id, decode_epoch=self.epoch, layout=layout)
+        with translated():
+            answer = await stub.Pair(request, timeout=PAIR_SECONDS)
+        # Another process may have got the port of one that died.
+        if (answer.prefill_worker_id, answer.prefill_epoch) != (record.worker_id, record.epoch):
+            raise _stale_epoch(record.worker_id)
+        check_layouts(layout, answer.layout)
+
+    def _retire(self, worker_id: str) -> None:
+        link = self._links.pop(worker_id)
+        task = asyncio.get_running_loop().create_task(link.close_when_unused())
+        self._closing[task] = link
+        task.add_done_callback(self._closing.pop)
+
+
+def _stale_epoch(worker_id: str) -> FailedPrecondition:
+    return FailedPrecondition(f"worker {worker_id} has started anew since", reason="STALE_EPOCH")

@@ -1,0 +1,208 @@
+"""The decode worker's end of the handover: brings the blocks of a ticket into the own pool, and verifies them."""
+
+import asyncio
+import functools
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from grpc import aio
+
+from kv_transfer.blocks import num_matching
+from kv_transfer.links import Link, Links
+from kv_transfer.threads import run_on_blocks
+from kv_transfer.tickets import Ticket, open_ticket
+from kv_transfer.transport import TransferFailed
+from kvrelay import telemetry
+from kvrelay.engine.kv_cache import KvCache
+from kvrelay.errors import FailedPrecondition, KvrelayError, NotFound
+from kvrelay.rpc import translated
+from kvrelay.v1 import kv_pb2
+
+__all__ = ["Pulled", "Puller"]
+
+log = logging.getLogger(__name__)
+
+RELEASE_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """What came of a pull. The blocks are whole, and the prefill worker holds nothing for them any more.
+
+    Attributes:
+        num_blocks: how many were moved; those that were cached here are not among them.
+        complete_at: when the prompt was done; seconds on the puller's clock.
+        whole_at: when the last block was verified and the lease released, on the same clock.
+    """
+
+    first_token_id: int
+    num_bytes: int
+    num_blocks: int
+    transport: str
+    complete_at: float
+    whole_at: float
+
+
+class Puller:
+    """Pulls tickets.
+
+    Args:
+        key: the cluster's, which authenticates tickets.
+        checksum: insist on a checksum for each block, and verify it.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        links: Links,
+        cache: KvCache,
+        key: bytes,
+        checksum: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._links = links
+        self._cache = cache
+        self._key = key
+        self._checksum = checksum
+        self._clock = clock
+        self._bytes = telemetry.meter().create_counter(telemetry.Metric.TRANSFER_BYTES, unit="By")
+        self._mismatches = telemetry.meter().create_counter(telemetry.Metric.CHECKSUM_MISMATCHES)
+
+    async def pull(self, ticket: bytes, destination: Sequence[int], num_cached_blocks: int) -> Pulled:
+        """Brings the ticket's blocks into the blocks `destination`, the first `num_cached_blocks` of which are there.
+
+        When it ends, however it does, nothing writes to these blocks any more.
+
+        Raises:
+            TransferFailed: for whatever reason; it says how many blocks can be used all the same.
+        """
+        transfer = _Transfer(self._cache, destination, num_cached_blocks, self._checksum, self._clock)
+        try:
+            opened = open_ticket(ticket, self._key)
+            transfer.check(opened)
+            async with self._links.use(opened.worker_id, opened.epoch) as link:
+                pulled = await transfer.run(link, ticket, opened)
+        except TransferFailed as failure:
+            if failure.reason == "CHECKSUM_MISMATCH":
+                self._mismatches.add(1)
+            failure.verified_blocks = transfer.num_verified
+            raise
+        except KvrelayError as error:
+            raise TransferFailed(error.message, reason=error.reason, verified_blocks=transfer.num_verified) from error
+        except (asyncio.CancelledError, aio.BaseError) as error:
+            # gRPC cancels the calls of a channel that is closed, which is not this task's own cancellation.
+            if isinstance(error, asyncio.CancelledError) and _is_being_cancelled():
+                raise
+            message = "the link was closed"
+            raise TransferFailed(message, reason="LINK_CLOSED", verified_blocks=transfer.num_verified) from error
+        self._bytes.add(pulled.num_bytes, {telemetry.Attribute.TRANSPORT: pulled.transport})
+        return pulled
+
+
+def _is_being_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+class _Transfer:
+    """One pull in progress: the events must name the ticket's blocks in order, each once, and then the first token.
+
+    Attributes:
+        num_verified: blocks, from the first on, whose content is known to be right.
+    """
+
+    def __init__(
+        self,
+        cache: KvCache,
+        destination: Sequence[int],
+        num_cached_blocks: int,
+        checksum: bool,
+        clock: Callable[[], float],
+    ) -> None:
+        self._cache = cache
+        self._destination = destination
+        self._num_cached = num_cached_blocks
+        self._checksum = checksum
+        self._clock = clock
+        self._num_arrived = num_cached_blocks
+        self._first_token_id: int | None = None
+        self._complete_at = 0.0
+        self.num_verified = num_cached_blocks
+
+    def check(self, ticket: Ticket) -> None:
+        if not self._num_cached <= len(self._destination) == len(ticket.block_ids):
+            raise TransferFailed(
+                f"the ticket has {len(ticket.block_ids)} blocks, {len(self._destination)} are wanted",
+                reason="WRONG_COUNT",
+            )
+
+    async def run(self, link: Link, data: bytes, ticket: Ticket) -> Pulled:
+        transport = link.receiver.name
+        request = kv_pb2.PullRequest(ticket=data, skip_blocks=self._num_cached, transport=transport)
+        call = link.stub.Pull(request)
+        try:
+            with translated():
+                async for event in call:
+                    await self._take(event, link, ticket)
+        finally:
+            call.cancel()
+        if self._first_token_id is None:
+            raise TransferFailed("the stream ended before the first token", reason="TRUNCATED")
+        await self._release(link, data)
+        num_moved = len(self._destination) - self._num_cached
+        num_bytes = num_moved * self._cache.layout.block_bytes
+        return Pulled(self._first_token_id, num_bytes, num_moved, transport, self._complete_at, self._clock())
+
+    async def _take(self, event: kv_pb2.PullResponse, link: Link, ticket: Ticket) -> None:
+        if self._first_token_id is not None:
+            raise _unexpected("an event after the first token")
+        kind = event.WhichOneof("event")
+        if kind == "ready":
+            await self._take_blocks(event.ready, link, ticket)
+        elif kind == "complete":
+            self._take_first_token(event.complete)
+        else:
+            raise _unexpected("an event without content")
+
+    async def _take_blocks(self, ready: kv_pb2.ReadyBlocks, link: Link, ticket: Ticket) -> None:
+        total = len(self._destination)
+        if ready.first != self._num_arrived or not 0 < ready.count <= total - self._num_arrived:
+            raise _unexpected(f"{ready.count} blocks from {ready.first} on, with {self._num_arrived} of {total} here")
+        if self._checksum and len(ready.checksums) != ready.count:
+            raise _unexpected(f"{len(ready.checksums)} checksums for {ready.count} blocks")
+        end = ready.first + ready.count
+        target = self._destination[ready.first : end]
+        await link.receiver.receive(ticket.block_ids[ready.first : end], target, ready.data)
+        if self._checksum:
+            await self._verify(target, ready.checksums)
+        self._num_arrived = end
+
+    async def _verify(self, target: Sequence[int], expected: Sequence[int]) -> None:
+        verify = functools.partial(num_matching, self._cache, target, expected)
+        num_right = await run_on_blocks(self._cache, len(target), verify)
+        self.num_verified += num_right
+        if num_right < len(target):
+            raise TransferFailed(
+                f"block {self.num_verified} of the ticket arrived with another checksum", reason="CHECKSUM_MISMATCH"
+            )
+
+    def _take_first_token(self, complete: kv_pb2.PrefillComplete) -> None:
+        if self._num_arrived != len(self._destination):
+            raise _unexpected(f"the first token, with {self._num_arrived} of {len(self._destination)} blocks here")
+        self._complete_at = self._clock() - complete.seconds_since_done
+        self._first_token_id = complete.first_token_id
+
+    async def _release(self, link: Link, data: bytes) -> None:
+        """Ends the lease, which proves that its blocks were held, and unchanged, until they had been copied."""
+        try:
+            with translated():
+                await link.stub.Release(kv_pb2.ReleaseRequest(ticket=data), timeout=RELEASE_SECONDS)
+        except (NotFound, FailedPrecondition):
+            self.num_verified = self._num_cached
+            raise
+
+
+def _unexpected(what: str) -> TransferFailed:
+    return TransferFailed(f"the prefill worker sent {what}", reason="UNEXPECTED_EVENT")

@@ -1,0 +1,121 @@
+"""The prefill worker's end of the handover."""
+
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any, Protocol
+
+from kv_transfer.blocks import checksums
+from kv_transfer.grpc_stream import GrpcSender
+from kv_transfer.handover import Handover
+from kv_transfer.layouts import check_layouts, layout_to_proto
+from kv_transfer.shm import ShmSender
+from kv_transfer.threads import run_on_blocks
+from kv_transfer.tickets import Ticket, open_ticket
+from kv_transfer.transport import BlockSender
+from kvrelay.engine.kv_cache import KvCache
+from kvrelay.errors import InvalidArgument
+from kvrelay.v1 import kv_pb2, kv_pb2_grpc
+
+__all__ = ["KvService", "Leases"]
+
+log = logging.getLogger(__name__)
+
+# Large enough that the message's own cost is small, small enough that reading, sending and copying overlap.
+MAX_RUN_BYTES = 4 << 20
+
+
+class Leases(Protocol):
+    """What the service needs of `prefill_worker.leases.LeaseTable`, which says what the methods mean."""
+
+    @property
+    def worker_id(self) -> str: ...
+
+    @property
+    def epoch(self) -> int: ...
+
+    def find(self, ticket: Ticket, now: float) -> Handover: ...
+
+    def renew(self, request_id: str, now: float) -> None: ...
+
+    def verify(self, handover: Handover, first: int, count: int) -> None: ...
+
+    def release(self, ticket: Ticket, now: float) -> None: ...
+
+
+class KvService(kv_pb2_grpc.KvServiceServicer):
+    """Pairs with decode workers, streams them the blocks of a ticket as they become final, and ends the lease.
+
+    Args:
+        key: the cluster's, which authenticates tickets.
+        checksum: send the checksum of each block.
+        clock: seconds of Unix time.
+    """
+
+    def __init__(
+        self,
+        leases: Leases,
+        cache: KvCache,
+        key: bytes,
+        checksum: bool = True,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._leases = leases
+        self._cache = cache
+        self._key = key
+        self._checksum = checksum
+        self._clock = clock
+        self._senders: Mapping[str, BlockSender] = {"shm": ShmSender(), "grpc": GrpcSender(cache)}
+        self._max_run_blocks = max(1, MAX_RUN_BYTES // cache.layout.block_bytes)
+
+    async def Pair(self, request: kv_pb2.PairRequest, context: Any) -> kv_pb2.PairResponse:
+        layout = layout_to_proto(self._cache.layout)
+        check_layouts(layout, request.layout)
+        log.info("paired with decode worker %s, epoch %d", request.decode_worker_id, request.decode_epoch)
+        return kv_pb2.PairResponse(
+            prefill_worker_id=self._leases.worker_id, prefill_epoch=self._leases.epoch, layout=layout
+        )
+
+    async def Pull(self, request: kv_pb2.PullRequest, context: Any) -> AsyncIterator[kv_pb2.PullResponse]:
+        ticket = open_ticket(request.ticket, self._key)
+        handover = self._leases.find(ticket, self._clock())
+        sender = self._senders.get(request.transport)
+        if sender is None:
+            raise InvalidArgument.field("transport", f"must be one of {', '.join(self._senders)}")
+        position, total = request.skip_blocks, len(handover.block_ids)
+        if position > total:
+            raise InvalidArgument.field("skip_blocks", f"{position}, but the ticket has {total} blocks")
+        while position < total:
+            num_final = await handover.wait_beyond(position)
+            count = min(num_final - position, self._max_run_blocks)
+            yield await self._ready_blocks(handover, sender, position, count)
+            position += count
+        first_token_id = await handover.wait_complete()
+        self._leases.renew(handover.request_id, self._clock())
+        since_done = max(0.0, self._clock() - (handover.completed_at or 0.0))
+        complete = kv_pb2.PrefillComplete(first_token_id=first_token_id, seconds_since_done=since_done)
+        yield kv_pb2.PullResponse(complete=complete)
+
+    async def Release(self, request: kv_pb2.ReleaseRequest, context: Any) -> kv_pb2.ReleaseResponse:
+        self._leases.release(open_ticket(request.ticket, self._key), self._clock())
+        return kv_pb2.ReleaseResponse()
+
+    async def _ready_blocks(
+        self, handover: Handover, sender: BlockSender, first: int, count: int
+    ) -> kv_pb2.PullResponse:
+        """Reads a run, and proves afterwards that it was still held, so nobody else's bytes leave this process."""
+        self._leases.renew(handover.request_id, self._clock())
+        block_ids = handover.block_ids[first : first + count]
+
+        def read() -> kv_pb2.PullResponse:
+            # Filled in place, because a finished message is copied when it is put into another.
+            event = kv_pb2.PullResponse()
+            event.ready.first, event.ready.count = first, count
+            if self._checksum:
+                event.ready.checksums.extend(checksums(self._cache, block_ids))
+            event.ready.data = sender.payload(block_ids)
+            return event
+
+        event = await run_on_blocks(self._cache, count, read)
+        self._leases.verify(handover, first, count)
+        return event

@@ -1,0 +1,57 @@
+"""How the bytes of blocks travel: the two roles, and what a transfer that failed leaves behind.
+
+A transport is a sender on the prefill worker and a receiver on the decode worker. The events of `KvService.Pull` say
+which blocks are final; a sender may put their bytes into the event, else the receiver fetches them by its own means.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+__all__ = ["BlockReceiver", "BlockSender", "TransferFailed"]
+
+
+class TransferFailed(Exception):
+    """Blocks did not arrive whole.
+
+    Attributes:
+        reason: a stable word for programs, in UPPER_SNAKE_CASE.
+        verified_blocks: so many of the ticket's blocks, from the first on, can be used all the same.
+    """
+
+    def __init__(self, message: str, *, reason: str, verified_blocks: int = 0) -> None:
+        super().__init__(message)
+        self.message = message
+        self.reason = reason
+        self.verified_blocks = verified_blocks
+
+
+class BlockSender(Protocol):
+    """The prefill worker's side."""
+
+    def payload(self, block_ids: Sequence[int]) -> bytes:
+        """The blocks' bytes for an event; empty if the receiver fetches them itself. May be called in a thread."""
+
+
+class BlockReceiver(Protocol):
+    """The decode worker's side, for one prefill worker.
+
+    Attributes:
+        name: of the transport, as `PullRequest.transport` has it.
+    """
+
+    name: str
+
+    async def receive(self, source_block_ids: Sequence[int], destination_block_ids: Sequence[int], data: bytes) -> None:
+        """Brings blocks of the prefill worker's pool into blocks of the own; when it returns, they are there.
+
+        Also when it fails or is cancelled, nothing is written to the destination after it has ended.
+
+        Args:
+            data: the event's payload.
+
+        Raises:
+            TransferFailed: the destination's content is undefined.
+        """
+
+    def close(self) -> None:
+        """Frees what was opened. No `receive` may be in progress."""
