@@ -1,0 +1,77 @@
+"""How a KV cache comes in: the sequence has its blocks reserved, the bytes follow, then it joins the running batch."""
+
+import logging
+import time
+from dataclasses import dataclass
+
+from kv_transfer.puller import Pulled, Puller
+from kv_transfer.transport import TransferFailed
+from kvrelay import telemetry
+from kvrelay.engine.async_engine import AsyncEngine
+from kvrelay.engine.events import Admitted
+from kvrelay.errors import FailedPrecondition
+from kvrelay.telemetry import Attribute, Metric, SpanName
+
+__all__ = ["Intake", "TakenOver"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class TakenOver:
+    """When the KV cache was there, on the clock of `time.monotonic`, and how long its bytes kept the request waiting.
+
+    Attributes:
+        transfer: seconds from the end of prefill; what the overlap with prefill hides is not in it.
+    """
+
+    at: float
+    transfer: float
+
+
+class Intake:
+    """Pulls KV caches for sequences in transfer and tells the engine what came of it."""
+
+    def __init__(self, engine: AsyncEngine, puller: Puller) -> None:
+        self._engine = engine
+        self._puller = puller
+        self._recomputed = telemetry.meter().create_counter(Metric.RECOMPUTED)
+
+    async def take_over(self, ticket: bytes, admitted: Admitted, traceparent: str) -> TakenOver:
+        """Fills the sequence's blocks. A transfer that fails costs time, never the request: it is computed here.
+
+        When it ends, however it does, nothing writes to the sequence's blocks any more.
+
+        Raises:
+            FailedPrecondition: the prefill worker has ended the request; reason HANDOVER_ENDED.
+        """
+        started = time.monotonic()
+        request_id = admitted.request_id
+        try:
+            pulled = await self._puller.pull(ticket, admitted.block_ids, admitted.num_cached_blocks)
+        except TransferFailed as failure:
+            if failure.reason == "REQUEST_ABORTED":
+                raise FailedPrecondition(failure.message, reason="HANDOVER_ENDED") from failure
+            attributes = {Attribute.REQUEST_ID: request_id, Attribute.ERROR_REASON: failure.reason}
+            telemetry.record_stage(SpanName.TRANSFER, traceparent, started, time.monotonic(), attributes)
+            return self._recompute(request_id, failure)
+        self._engine.tell(lambda scheduler: scheduler.adopt(request_id, pulled.first_token_id))
+        telemetry.record_stage(
+            SpanName.TRANSFER, traceparent, started, pulled.whole_at, _attributes(request_id, pulled)
+        )
+        return TakenOver(at=pulled.whole_at, transfer=max(0.0, pulled.whole_at - pulled.complete_at))
+
+    def _recompute(self, request_id: str, failure: TransferFailed) -> TakenOver:
+        log.warning("transfer for request %s failed, computing it here: %s", request_id, failure.message)
+        self._recomputed.add(1, {Attribute.ERROR_REASON: failure.reason})
+        self._engine.tell(lambda scheduler: scheduler.recompute(request_id, failure.verified_blocks))
+        return TakenOver(at=time.monotonic(), transfer=0.0)
+
+
+def _attributes(request_id: str, pulled: Pulled) -> dict[str, str | int]:
+    return {
+        Attribute.REQUEST_ID: request_id,
+        Attribute.TRANSPORT: pulled.transport,
+        Attribute.TRANSFER_BLOCKS: pulled.num_blocks,
+        Attribute.TRANSFER_BYTES: pulled.num_bytes,
+    }

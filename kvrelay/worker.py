@@ -1,0 +1,240 @@
+"""What prefill and decode workers have in common: one engine, one registration, one server, one way to live and end."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from kvrelay import wire
+from kvrelay.config import Settings
+from kvrelay.control.connection import connect
+from kvrelay.control.directory import WorkerDirectory
+from kvrelay.control.registration import Registration
+from kvrelay.control.registry import ModelInfo, ShmOffer, WorkerLoad, WorkerRecord
+from kvrelay.engine.async_engine import AsyncEngine
+from kvrelay.engine.block_pool import BlockPool
+from kvrelay.engine.checkpoint import check_checkpoint, resolve_checkpoint
+from kvrelay.engine.engine import Engine
+from kvrelay.engine.runner import ModelRunner
+from kvrelay.engine.scheduler import Limits, Scheduler
+from kvrelay.lifetime import StopRequest, settle
+from kvrelay.request import HeldBlocks, LinkStatus, WorkerRole, WorkerState, WorkerStatus
+from kvrelay.rpc import Server, Service
+from kvrelay.v1 import worker_pb2, worker_pb2_grpc
+
+__all__ = ["Part", "Resources", "run_worker"]
+
+log = logging.getLogger(__name__)
+
+# A worker that drains still takes what gateways send until they have looked into the registry again.
+ANNOUNCE_SECONDS = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What a worker's own part is built from. The cluster's key signs tickets and registrations."""
+
+    worker_id: str
+    settings: Settings
+    cluster_key: bytes
+    engine: AsyncEngine
+    runner: ModelRunner
+    directory: WorkerDirectory
+
+
+class Part(Protocol):
+    """What a prefill or a decode worker adds to what both have."""
+
+    @property
+    def services(self) -> Sequence[Service]:
+        """Its gRPC services."""
+
+    async def start(self, epoch: int) -> None:
+        """The worker is registered, under this epoch; calls come from now on."""
+
+    async def stop(self) -> None:
+        """No call is left."""
+
+    def shared_memory(self) -> ShmOffer | None:
+        """How other processes of this host reach the KV pool, if they are to."""
+
+    def links(self) -> Sequence[LinkStatus]:
+        """How blocks reach this worker."""
+
+    def lease_seconds(self, request_id: str) -> float | None:
+        """Seconds until the lease on a request's blocks ends; None if no lease holds them."""
+
+
+async def run_worker(
+    role: WorkerRole, settings: Settings, cluster_key: bytes, build: Callable[[Resources], Part]
+) -> int:
+    """Serves until SIGTERM or SIGINT, then drains. Answers the process's exit code.
+
+    Raises:
+        ConfigurationError: before anything was served.
+    """
+    stopping = StopRequest()
+    path = resolve_checkpoint(settings.engine.model)
+    check_checkpoint(path)
+    redis = await connect(settings.cluster.redis)
+    started = time.monotonic()
+    runner = await asyncio.to_thread(ModelRunner.load, path, settings.engine)
+    log.info("loaded %s in %.1f s", path, time.monotonic() - started)
+    log.info("contexts of up to %d tokens; %s", runner.context_length, runner.spec.context_limit)
+    engine = AsyncEngine(Engine(_scheduler(runner, settings), runner))
+    directory = WorkerDirectory(redis, cluster_key)
+    worker_id = settings.worker.worker_id or f"{role.value}-{socket.gethostname()}-{os.getpid()}"
+    part = build(Resources(worker_id, settings, cluster_key, engine, runner, directory))
+    worker = _Worker(worker_id, role, settings, runner, engine, part)
+    async with contextlib.AsyncExitStack() as cleanup:
+        cleanup.push_async_callback(redis.aclose)
+        server = Server(settings.cluster.host, settings.worker.worker_port, [*part.services, worker.service()])
+        port = await server.start()
+        cleanup.push_async_callback(server.stop)
+        engine.start()
+        cleanup.callback(engine.stop)
+        await directory.start()
+        cleanup.push_async_callback(directory.stop)
+        registration = Registration(redis, cluster_key, worker.load)
+        worker.register_at(port)
+        worker.epoch = await registration.start(worker.record(path.resolve().name))
+        cleanup.push_async_callback(registration.withdraw)
+        runner.cache.write_header(worker.epoch)
+        await part.start(worker.epoch)
+        cleanup.push_async_callback(part.stop)
+        settle()
+        await server.set_serving(True)
+        log.info("%s serves at %s, epoch %d", worker_id, worker.address, worker.epoch)
+        await _until_stopped(stopping, engine)
+        worker.state = WorkerState.DRAINING
+        with contextlib.suppress(Exception):
+            await registration.heartbeat(worker.load())
+            await asyncio.sleep(ANNOUNCE_SECONDS)
+        await server.drain(settings.worker.drain_seconds if engine.alive else 0.0)
+    return 0 if stopping.is_set() else 1
+
+
+async def _until_stopped(stopping: asyncio.Event, engine: AsyncEngine) -> None:
+    while engine.alive and not stopping.is_set():
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stopping.wait(), timeout=0.5)
+
+
+def _scheduler(runner: ModelRunner, settings: Settings) -> Scheduler:
+    limits = Limits(
+        max_num_sequences=settings.engine.max_num_sequences,
+        max_batched_tokens=settings.engine.max_batched_tokens,
+        context_length=runner.context_length,
+        block_size=runner.layout.block_size,
+        model_digest=runner.layout.model_digest,
+        prefix_caching=settings.engine.prefix_caching,
+    )
+    return Scheduler(BlockPool(runner.num_blocks), limits)
+
+
+class _Worker(worker_pb2_grpc.WorkerServiceServicer):
+    """A worker as others see it: its record, its load and its status."""
+
+    def __init__(
+        self,
+        worker_id: str,
+        role: WorkerRole,
+        settings: Settings,
+        runner: ModelRunner,
+        engine: AsyncEngine,
+        part: Part,
+    ) -> None:
+        self.state = WorkerState.READY
+        self.address = ""
+        self.epoch = 0
+        self._worker_id = worker_id
+        self._role = role
+        self._settings = settings
+        self._runner = runner
+        self._engine = engine
+        self._part = part
+
+    def service(self) -> Service:
+        add = worker_pb2_grpc.add_WorkerServiceServicer_to_server
+        return Service("kvrelay.v1.WorkerService", add, self, work=())
+
+    def register_at(self, port: int) -> None:
+        self.address = self._settings.cluster.address(port)
+
+    def record(self, model_name: str) -> WorkerRecord:
+        runner = self._runner
+        return WorkerRecord(
+            worker_id=self._worker_id,
+            role=self._role,
+            address=self.address,
+            pid=os.getpid(),
+            model=ModelInfo(
+                id=self._settings.engine.served_model_name or model_name,
+                architecture=runner.spec.architecture,
+                context_length=runner.context_length,
+                vocab_size=runner.spec.vocab_size,
+                block_size=runner.layout.block_size,
+                layout_digest=runner.layout.digest,
+                model_digest=runner.layout.model_digest.hex(),
+            ),
+            shm=self._part.shared_memory(),
+        )
+
+    def load(self) -> WorkerLoad:
+        load = self._engine.load
+        return WorkerLoad(
+            state=self.state,
+            running=load.running,
+            waiting=load.waiting,
+            blocks_total=load.blocks_total,
+            blocks_free=load.blocks_free,
+            waiting_tokens=load.waiting_tokens,
+        )
+
+    async def GetStatus(self, request: worker_pb2.GetStatusRequest, context: Any) -> worker_pb2.GetStatusResponse:
+        load, held = await self._engine.ask(lambda scheduler: (scheduler.load(), scheduler.held()))
+        status = WorkerStatus(
+            id=self._worker_id,
+            role=self._role,
+            pid=os.getpid(),
+            address=self.address,
+            epoch=self.epoch,
+            state=self.state,
+            running=load.running,
+            waiting=load.waiting,
+            blocks_total=load.blocks_total,
+            blocks_free=load.blocks_free,
+            blocks_held=load.blocks_total - load.blocks_free,
+            memory_bytes=resident_memory(),
+            links=tuple(self._part.links()),
+            preemptions=load.preemptions,
+        )
+        now = time.monotonic()
+        blocks = [
+            HeldBlocks(
+                worker_id=self._worker_id,
+                request_id=entry.request_id,
+                state=entry.state,
+                block_ids=entry.block_ids,
+                age_seconds=now - entry.since,
+                lease_seconds=self._part.lease_seconds(entry.request_id),
+            )
+            for entry in held
+        ]
+        return worker_pb2.GetStatusResponse(
+            status=wire.worker_status_to_proto(status), held=[wire.held_blocks_to_proto(entry) for entry in blocks]
+        )
+
+
+def resident_memory() -> int:
+    """Bytes of this process that are in memory; 0 where the system does not tell."""
+    try:
+        with open("/proc/self/statm") as statm:
+            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0

@@ -1,0 +1,171 @@
+"""The prefill worker: computes prompts, holds their KV cache under leases, and hands it over."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from kv_transfer.handover import EndReason, Handover
+from kv_transfer.service import KvService
+from kv_transfer.shm import offer_pool
+from kv_transfer.tickets import sign_ticket
+from kvrelay import telemetry, wire
+from kvrelay.control.registry import ShmOffer
+from kvrelay.engine.events import Admitted, Event, Failed, Finished, Progress, Sampled, StepOutput
+from kvrelay.engine.sequence import Role
+from kvrelay.engine.sequence import Sequence as EngineSequence
+from kvrelay.errors import FailedPrecondition, KvrelayError
+from kvrelay.request import LinkStatus
+from kvrelay.rpc import Service, deadline_of
+from kvrelay.telemetry import Attribute, SpanName
+from kvrelay.v1 import kv_pb2_grpc, worker_pb2, worker_pb2_grpc
+from kvrelay.worker import Resources
+from prefill_worker.leases import LeaseTable
+
+__all__ = ["PrefillWorker"]
+
+LEASE_CHECK_SECONDS = 0.5
+
+
+class PrefillWorker(worker_pb2_grpc.PrefillServiceServicer):
+    """Serves PrefillService to gateways and KvService to decode workers."""
+
+    def __init__(self, resources: Resources) -> None:
+        transfer = resources.settings.transfer
+        self.engine = resources.engine
+        self.cluster_key = resources.cluster_key
+        self.block_size = resources.runner.layout.block_size
+        self.worker_id = resources.worker_id
+        self.leases = LeaseTable(self.worker_id, transfer.lease_seconds, self.engine.generation, self._free)
+        self._cache = resources.runner.cache
+        self._kv_service = KvService(self.leases, self._cache, self.cluster_key, transfer.checksum)
+        self._expiry: asyncio.Task[None] | None = None
+
+    @property
+    def services(self) -> Sequence[Service]:
+        return (
+            Service("kvrelay.v1.PrefillService", worker_pb2_grpc.add_PrefillServiceServicer_to_server, self),
+            Service("kvrelay.v1.KvService", kv_pb2_grpc.add_KvServiceServicer_to_server, self._kv_service, work=()),
+        )
+
+    async def start(self, epoch: int) -> None:
+        self.leases.epoch = epoch
+        self._expiry = asyncio.create_task(self._expire_leases(), name="lease expiry")
+
+    async def stop(self) -> None:
+        if self._expiry is not None:
+            self._expiry.cancel()
+
+    def shared_memory(self) -> ShmOffer | None:
+        return offer_pool(self._cache)
+
+    def links(self) -> Sequence[LinkStatus]:
+        return ()
+
+    def lease_seconds(self, request_id: str) -> float | None:
+        return self.leases.lease_seconds(request_id, time.time())
+
+    async def Prefill(
+        self, request: worker_pb2.PrefillRequest, context: Any
+    ) -> AsyncIterator[worker_pb2.PrefillResponse]:
+        call = _PrefillCall(self, request.sequence)
+        sequence = EngineSequence(call.request, Role.PREFILL, arrival=call.arrival, deadline=deadline_of(context))
+        await self.engine.submit(sequence, call.on_event)
+        try:
+            async for response in call.responses():
+                yield response
+        finally:
+            self.leases.end(call.request.request_id, EndReason.ABORTED)
+            self.engine.abort(call.request.request_id)
+
+    def _free(self, request_id: str) -> None:
+        self.engine.tell(lambda scheduler: scheduler.release(request_id))
+
+    async def _expire_leases(self) -> None:
+        while True:
+            await asyncio.sleep(LEASE_CHECK_SECONDS)
+            self.leases.expire(time.time())
+
+
+class _PrefillCall:
+    """One Prefill call: turns the engine's events into responses and into the progress of the handover."""
+
+    def __init__(self, worker: PrefillWorker, spec: worker_pb2.SequenceSpec) -> None:
+        self.request = wire.request_from_proto(spec)
+        self.arrival = time.monotonic()
+        self._worker = worker
+        self._traceparent = spec.traceparent
+        self._outbox: asyncio.Queue[worker_pb2.PrefillResponse | KvrelayError | None] = asyncio.Queue()
+        self._handover: Handover | None = None
+        self._admitted_at = self.arrival
+        self._cached_tokens = 0
+
+    async def responses(self) -> AsyncIterator[worker_pb2.PrefillResponse]:
+        """The ticket and the first token; ends with the handover.
+
+        Raises:
+            KvrelayError: the engine could not do it, or the lease ran out.
+        """
+        while (response := await self._outbox.get()) is not None:
+            if isinstance(response, KvrelayError):
+                raise response
+            yield response
+            if response.HasField("first_token") and self._handover is not None:
+                break
+        if self._handover is not None and await self._handover.wait_ended() is EndReason.EXPIRED:
+            raise FailedPrecondition("no decode worker came for the KV cache in time", reason="LEASE_EXPIRED")
+
+    def on_event(self, event: Event, step: StepOutput) -> None:
+        """Called by the engine, in order."""
+        match event:
+            case Admitted():
+                self._admit(event, step)
+            case Progress() if self._handover is not None:
+                self._handover.advance(event.num_computed_tokens // self._worker.block_size)
+            case Sampled():
+                self._complete(event, step)
+            case Finished():
+                self._outbox.put_nowait(None)
+            case Failed():
+                self._worker.leases.end(event.request_id, EndReason.FAILED)
+                self._outbox.put_nowait(event.error)
+
+    def _admit(self, event: Admitted, step: StepOutput) -> None:
+        self._admitted_at = step.started
+        self._cached_tokens = event.num_cached_blocks * self._worker.block_size
+        self._trace(SpanName.PREFILL_QUEUE, self.arrival, step.started)
+        if self.request.sampling.max_tokens == 1:
+            return  # nobody will come for the KV cache
+        self._handover, ticket = self._worker.leases.grant(
+            event.request_id, event.block_ids, event.generations, time.time()
+        )
+        self._handover.advance(event.num_cached_blocks)
+        signed = sign_ticket(ticket, self._worker.cluster_key)
+        self._outbox.put_nowait(worker_pb2.PrefillResponse(admitted=worker_pb2.Admitted(ticket=signed)))
+
+    def _complete(self, event: Sampled, step: StepOutput) -> None:
+        self._trace(SpanName.PREFILL, self._admitted_at, step.ended)
+        token = event.token
+        first = worker_pb2.FirstToken(
+            token_id=token.token_id,
+            logprobs=None if token.logprobs is None else wire.logprobs_to_proto(token.logprobs),
+            finish_reason=wire.finish_reason_to_proto(event.finish_reason),
+            cached_tokens=self._cached_tokens,
+            prefill_queue=self._admitted_at - self.arrival,
+            prefill=step.ended - self._admitted_at,
+        )
+        if event.finish_reason is not None:
+            self._worker.leases.end(event.request_id, EndReason.ABORTED)
+            self._handover = None
+        elif self._handover is not None:
+            self._handover.complete(token.token_id, time.time())
+        self._outbox.put_nowait(worker_pb2.PrefillResponse(first_token=first))
+
+    def _trace(self, name: str, started: float, ended: float) -> None:
+        attributes: dict[str, str | int] = {
+            Attribute.REQUEST_ID: self.request.request_id,
+            Attribute.WORKER_ID: self._worker.worker_id,
+            Attribute.PROMPT_TOKENS: len(self.request.prompt_token_ids),
+            Attribute.CACHED_TOKENS: self._cached_tokens,
+        }
+        telemetry.record_stage(name, self._traceparent, started, ended, attributes)
