@@ -1,0 +1,64 @@
+"""What the kernel knows of a process, and how a benchmark starts and ends its own."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from kvrelay import Client
+from kvrelay.errors import KvrelayError
+
+__all__ = ["REPOSITORY", "cpu_seconds", "resident_bytes", "spawn", "wait_until_served"]
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+STOP_SECONDS = 30.0
+
+
+def cpu_seconds(pid: int) -> float:
+    """Seconds of CPU, user and system, that all threads of a process have had."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def resident_bytes(pid: int) -> int:
+    """Memory of a process that is in RAM."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@contextlib.contextmanager
+def spawn(module: str, arguments: Sequence[object], log: Path) -> Iterator["subprocess.Popen[bytes]"]:
+    """A Python module in a process of its own, ended by SIGTERM; what it prints is appended to the log."""
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    environment = {**os.environ, "GRPC_VERBOSITY": "NONE", "PYTHONUNBUFFERED": "1"}
+    with log.open("ab") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, cwd=REPOSITORY, env=environment)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def wait_until_served(target: str, seconds: float) -> None:
+    """Until a request gets its tokens.
+
+    Raises:
+        KvrelayError: none did in time.
+    """
+    deadline = time.monotonic() + seconds
+    with Client(target, timeout=seconds) as client:
+        while True:
+            try:
+                client.complete(token_ids=[5, 6, 7], max_tokens=2)
+                return
+            except KvrelayError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
