@@ -1,0 +1,39 @@
+"""What holds for all tests. It also lets every test import the helpers that lie beside it, such as `checkpoints`."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.checkpoints import make_checkpoint
+
+# Triton decides when it is imported, which transformers may do at any time.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes a checkpoint, or gives the one that was made before."""
+    made: dict[str, Path] = {}
+
+    def make(architecture: str, **overrides: Any) -> Path:
+        key = architecture + json.dumps(overrides, sort_keys=True)
+        if key not in made:
+            made[key] = make_checkpoint(tmp_path_factory.mktemp("model"), architecture, **overrides)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Small tensors are slower on several threads, and far slower beside other processes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
