@@ -1,0 +1,385 @@
+"""Registration and directory over real servers: leases, epochs, forgeries, outages."""
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import pytest
+from redis.asyncio import Redis
+from redis_kit import until
+
+from kvrelay.control.connection import connect
+from kvrelay.control.directory import WorkerDirectory
+from kvrelay.control.private_redis import PrivateRedis
+from kvrelay.control.registration import Registration
+from kvrelay.control.registry import GatewayRecord, Lease, ModelInfo, ShmOffer, WorkerLoad, WorkerRecord, seal_lease
+from kvrelay.errors import FailedPrecondition, Unavailable
+from kvrelay.request import WorkerRole, WorkerState
+
+pytest_plugins = ["redis_kit"]
+
+KEY = b"the cluster's key"
+MODEL = ModelInfo("demo", "LlamaForCausalLM", 2048, 4096, 16, "ab12", "cd34")
+SHM = ShmOffer("host", pid=17, fd=5, size=4096, nonce="00ff")
+WORKER = WorkerRecord("w1", WorkerRole.PREFILL, "127.0.0.1:7001", pid=17, model=MODEL, shm=SHM)
+LOAD = WorkerLoad(WorkerState.READY, running=1, waiting=2, blocks_total=64, blocks_free=32, waiting_tokens=100)
+LEASE = 0.6
+BEAT = 0.05
+
+
+@pytest.fixture
+async def registration(redis: Redis) -> AsyncIterator[Registration]:
+    made = new_registration(redis)
+    yield made
+    await made.withdraw()
+
+
+@pytest.fixture
+async def directory(redis: Redis) -> AsyncIterator[WorkerDirectory]:
+    made = new_directory(redis)
+    await made.start()
+    yield made
+    await made.stop()
+
+
+def new_registration(redis: Redis, key: bytes = KEY) -> Registration:
+    return Registration(redis, key, lambda: LOAD, lease_seconds=LEASE, interval=BEAT)
+
+
+def new_directory(redis: Redis) -> WorkerDirectory:
+    return WorkerDirectory(redis, KEY, lease_seconds=LEASE, interval=BEAT)
+
+
+async def test_worker_appears_with_record_and_load(registration: Registration, directory: WorkerDirectory) -> None:
+    assert directory.snapshot() == {}
+    epoch = await registration.start(WORKER)
+    await directory.wait_for(lambda workers: "w1" in workers, timeout=2)
+    entry = directory.snapshot()["w1"]
+    assert entry.record == replace(WORKER, epoch=epoch)
+    assert entry.load == LOAD
+    await directory.wait_for(lambda workers: workers["w1"].seen_at > entry.seen_at, timeout=2)
+    assert directory.gateways() == {}
+
+
+async def test_load_is_asked_at_each_heartbeat(redis: Redis, directory: WorkerDirectory) -> None:
+    load = LOAD
+    registration = Registration(redis, KEY, lambda: load, lease_seconds=LEASE, interval=BEAT)
+    await registration.start(WORKER)
+    load = replace(LOAD, state=WorkerState.DRAINING, running=7)
+    await directory.wait_for(lambda workers: "w1" in workers and workers["w1"].load == load, timeout=2)
+    await registration.withdraw()
+
+
+async def test_a_defect_in_load_is_logged_once_and_the_heart_beats_on(
+    redis: Redis, directory: WorkerDirectory, caplog: pytest.LogCaptureFixture
+) -> None:
+    failing = False
+
+    def load() -> WorkerLoad:
+        if failing:
+            raise KeyError("defect")
+        return LOAD
+
+    registration = Registration(redis, KEY, load, lease_seconds=LEASE, interval=BEAT)
+    await registration.start(WORKER)
+    await directory.wait_for(lambda workers: "w1" in workers, timeout=2)
+    failing = True
+    await directory.wait_for(lambda workers: "w1" not in workers, timeout=3)
+    failing = False
+    await directory.wait_for(lambda workers: "w1" in workers, timeout=2)
+    assert caplog.text.count("heartbeats fail") == 1
+    await registration.withdraw()
+
+
+async def test_withdrawn_worker_goes_at_once(registration: Registration, directory: WorkerDirectory) -> None:
+    await registration.start(WORKER)
+    await directory.wait_for(lambda workers: "w1" in workers, timeout=2)
+    begin = asyncio.get_running_loop().time()
+    await registration.withdraw()
+    await directory.wait_for(lambda workers: "w1" not in workers, timeout=2)
+    assert asyncio.get_running_loop().time() - begin < LEASE / 2
+    with pytest.raises(FailedPrecondition):
+        await registration.heartbeat(LOAD)
+
+
+async def test_silent_worker_goes_after_its_lease(redis: Redis, directory: WorkerDirectory) -> None:
+    silent = Registration(redis, KEY, lambda: LOAD, lease_seconds=LEASE, interval=3600)
+    await silent.start(WORKER)
+    await directory.wait_for(lambda workers: "w1" in workers, timeout=2)
+    await directory.wait_for(lambda workers: "w1" not in workers, timeout=LEASE + 1)
+    assert await redis.keys("kvrelay:lease:*") == []
+    await until_gone(redis, "kvrelay:members")
+    await silent.withdraw()
+
+
+async def until_gone(redis: Redis, key: str) -> None:
+    async with asyncio.timeout(2):
+        while True:
+            if not await redis.exists(key):
+                return
+            await asyncio.sleep(0.01)
+
+
+async def test_gateways_are_listed_apart(redis: Redis, directory: WorkerDirectory) -> None:
+    registration = Registration(redis, KEY, lease_seconds=LEASE, interval=BEAT)
+    gateway = GatewayRecord("g1", "127.0.0.1:50051", pid=1)
+    epoch = await registration.start(gateway)
+    await until(lambda: bool(directory.gateways()))
+    assert directory.gateways() == {"g1": replace(gateway, epoch=epoch)}
+    assert directory.snapshot() == {}
+    await registration.withdraw()
+    await until(lambda: not directory.gateways())
+
+
+async def test_epochs_grow_over_restarts_and_a_wipe(redis: Redis) -> None:
+    epochs = []
+    for wipe in (False, False, True, True):
+        if wipe:
+            await redis.flushall()
+        registration = new_registration(redis)
+        epochs.append(await registration.start(WORKER))
+        await registration.withdraw()
+        await asyncio.sleep(0.002)  # an epoch after a wipe is as fine as its clock: milliseconds
+    assert epochs == sorted(set(epochs))
+
+
+async def test_epochs_of_many_starts_at_once_differ(redis: Redis) -> None:
+    registrations = [new_registration(redis) for _ in range(20)]
+    results = await asyncio.gather(*(each.start(WORKER) for each in registrations))
+    assert len(set(results)) == 20
+    for each in registrations:
+        await each.withdraw()
+
+
+@pytest.mark.parametrize("value", ["nonsense", "-5", "nan", "inf", "1e300"])
+async def test_epoch_counter_that_is_no_epoch_counts_as_none(redis: Redis, value: str) -> None:
+    await redis.set("kvrelay:epoch:worker:w1", value)
+    registration = new_registration(redis)
+    assert 10**11 < await registration.start(WORKER) < 2**53
+    await registration.withdraw()
+
+
+async def test_heartbeat_lifts_a_wiped_epoch_counter(redis: Redis, registration: Registration) -> None:
+    epoch = await registration.start(WORKER)
+    await redis.flushall()
+    await registration.heartbeat(LOAD)
+    assert await redis.get("kvrelay:epoch:worker:w1") == str(epoch)
+
+
+async def test_later_start_takes_the_name_over(redis: Redis, directory: WorkerDirectory) -> None:
+    older, newer = new_registration(redis), new_registration(redis)
+    await older.start(WORKER)
+    epoch = await newer.start(replace(WORKER, address="127.0.0.1:7002"))
+    await until(lambda: older.superseded)
+    await directory.wait_for(lambda workers: "w1" in workers, timeout=2)
+    await older.withdraw()
+    await older_has_no_say(directory, epoch)
+    assert not newer.superseded
+    await newer.withdraw()
+
+
+async def until_renewed(directory: WorkerDirectory) -> None:
+    seen_at = directory.snapshot()["w1"].seen_at
+    await directory.wait_for(lambda workers: workers["w1"].seen_at > seen_at, timeout=2)
+
+
+async def older_has_no_say(directory: WorkerDirectory, epoch: int) -> None:
+    seen_at = directory.snapshot()["w1"].seen_at
+    await directory.wait_for(lambda workers: workers["w1"].seen_at > seen_at + 2 * BEAT, timeout=2)
+    assert directory.snapshot()["w1"].record.epoch == epoch
+
+
+async def test_wiped_redis_is_filled_again_and_nobody_is_dropped(
+    redis: Redis, registration: Registration, directory: WorkerDirectory
+) -> None:
+    await registration.start(WORKER)
+    await directory.wait_for(lambda workers: "w1" in workers, timeout=2)
+    changes: list[None] = []
+    directory.on_change(lambda: changes.append(None))
+    for _ in range(5):
+        await redis.flushall()
+        await until_renewed(directory)
+    assert changes == []
+
+
+FOREIGN: dict[str, str | bytes] = {
+    "another key": seal_lease(Lease(replace(WORKER, epoch=2**52), 1, LOAD), b"guess"),
+    "no MAC": seal_lease(Lease(replace(WORKER, epoch=2**52), 1, LOAD), KEY).partition(".")[2],
+    "another member's": seal_lease(Lease(replace(WORKER, worker_id="w2", epoch=2**52), 1, LOAD), KEY),
+    "flipped": seal_lease(Lease(replace(WORKER, epoch=2**52), 1, LOAD), KEY).replace("7001", "6666"),
+    "empty JSON": ".{}",
+    "not UTF-8": b"\xff\xfe.\x80",
+    "too long": "x" * (1 << 17),
+}
+
+
+@pytest.mark.parametrize("text", FOREIGN.values(), ids=FOREIGN.keys())
+async def test_forged_lease_is_refused_and_put_aside(
+    redis: Redis, directory: WorkerDirectory, text: str | bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    await redis.sadd("kvrelay:members", "worker:w1")
+    await redis.set("kvrelay:lease:worker:w1", text)
+    await until_gone(redis, "kvrelay:lease:worker:w1")
+    await until_gone(redis, "kvrelay:members")
+    assert directory.snapshot() == {}
+    assert await redis.exists("kvrelay:quarantine:worker:w1")
+    if len(text) < 1 << 16:
+        assert directory.num_rejected >= 1
+        assert caplog.text.count("refused") == 1
+
+
+async def test_forging_does_not_drop_the_true_worker(
+    redis: Redis, registration: Registration, directory: WorkerDirectory
+) -> None:
+    epoch = await registration.start(WORKER)
+    await directory.wait_for(lambda workers: "w1" in workers, timeout=2)
+    for _ in range(20):
+        await redis.set("kvrelay:lease:worker:w1", FOREIGN["another key"])
+        await asyncio.sleep(0.01)  # hammers in the rhythm of an attacker, waits for nothing
+        assert directory.snapshot()["w1"].record.epoch == epoch
+    await until(lambda: directory.num_rejected > 0)
+
+
+async def test_replayed_lease_does_not_keep_a_dead_worker(
+    redis: Redis, registration: Registration, directory: WorkerDirectory
+) -> None:
+    await registration.start(WORKER)
+    await directory.wait_for(lambda workers: "w1" in workers, timeout=2)
+    old = await redis.get("kvrelay:lease:worker:w1")
+    await registration.withdraw()
+    assert old is not None
+    await redis.set("kvrelay:lease:worker:w1", old)
+    await redis.sadd("kvrelay:members", "worker:w1")
+    await directory.wait_for(lambda workers: "w1" not in workers, timeout=2)
+    with pytest.raises(TimeoutError):
+        await directory.wait_for(lambda workers: "w1" in workers, timeout=3 * BEAT)
+
+
+async def test_wrong_types_are_put_aside_and_the_registry_lives(
+    redis: Redis, registration: Registration, directory: WorkerDirectory
+) -> None:
+    await redis.set("kvrelay:members", "text")
+    await redis.lpush("kvrelay:lease:worker:w1", "list")
+    await redis.lpush("kvrelay:epoch:worker:w1", "list")
+    await redis.lpush("kvrelay:lease:worker:w9", "list")
+    await registration.start(WORKER)
+    await redis.sadd("kvrelay:members", "worker:w9", b"\xff", "")
+    await directory.wait_for(lambda workers: "w1" in workers, timeout=2)
+    await until_gone(redis, "kvrelay:lease:worker:w9")
+    assert directory.redis_available
+
+
+async def test_malformed_records_are_refused(redis: Redis, directory: WorkerDirectory) -> None:
+    """Also when they are signed: a worker of another version is no reason to crash."""
+    bad = [
+        replace_unchecked(WORKER, pid="17"),
+        replace_unchecked(WORKER, pid=True),
+        replace_unchecked(WORKER, role="chef"),
+        replace_unchecked(WORKER, address="nowhere"),
+        replace_unchecked(WORKER, model=None),
+        replace_unchecked(WORKER, shm=17),
+    ]
+    for record in bad:
+        num_rejected = directory.num_rejected
+        text = seal_lease(Lease(record, 1, LOAD), KEY)
+        await redis.set("kvrelay:lease:worker:w1", text)
+        await redis.sadd("kvrelay:members", "worker:w1")
+        await until_gone(redis, "kvrelay:lease:worker:w1")
+        assert directory.num_rejected == num_rejected + 1
+    assert directory.snapshot() == {}
+
+
+def replace_unchecked(record: WorkerRecord, **fields: object) -> WorkerRecord:
+    changed = replace(record, epoch=1)
+    for name, value in fields.items():
+        object.__setattr__(changed, name, value)
+    return changed
+
+
+async def test_on_change_tells_of_state_and_epoch_not_of_load(redis: Redis, directory: WorkerDirectory) -> None:
+    changes: list[list[str]] = []
+    directory.on_change(lambda: changes.append(sorted(directory.snapshot())))
+    load = LOAD
+    registration = Registration(redis, KEY, lambda: load, lease_seconds=LEASE, interval=BEAT)
+    await registration.start(WORKER)
+    await until(lambda: changes == [["w1"]])
+    load = replace(LOAD, running=9)
+    await directory.wait_for(lambda workers: workers["w1"].load.running == 9, timeout=2)
+    assert len(changes) == 1
+    load = replace(LOAD, state=WorkerState.DRAINING)
+    await until(lambda: len(changes) == 2)
+    await registration.withdraw()
+    await until(lambda: changes[-1] == [])
+
+
+async def test_failing_listener_stops_nothing(registration: Registration, directory: WorkerDirectory) -> None:
+    def fail() -> None:
+        raise KeyError("listener")
+
+    directory.on_change(fail)
+    await registration.start(WORKER)
+    await directory.wait_for(lambda workers: "w1" in workers, timeout=2)
+
+
+@pytest.mark.parametrize("fault", ["killed", "frozen"])
+async def test_outage_loses_no_worker_and_ends_by_itself(
+    own_server: PrivateRedis, fault: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    client = await connect(own_server.url, timeout=0.2)
+    registration, directory = new_registration(client), new_directory(client)
+    epoch = await registration.start(WORKER)
+    dead = Registration(client, KEY, lambda: LOAD, lease_seconds=LEASE, interval=3600)
+    await dead.start(replace(WORKER, worker_id="dead"))
+    await directory.start()
+    await directory.wait_for(lambda workers: len(workers) == 2, timeout=2)
+    assert own_server.pid is not None
+    os.kill(own_server.pid, signal.SIGKILL if fault == "killed" else signal.SIGSTOP)
+    try:
+        await until(lambda: not directory.redis_available)
+        with pytest.raises(Unavailable):
+            await registration.heartbeat(LOAD)
+        seen_at = directory.snapshot()["w1"].seen_at
+        await until(lambda: asyncio.get_running_loop().time() - seen_at > 1.5 * LEASE)
+        assert directory.snapshot().keys() == {"w1", "dead"}
+        if fault == "killed":
+            own_server.stop()
+            own_server.start()
+    finally:
+        if fault == "frozen":
+            os.kill(own_server.pid, signal.SIGCONT)
+    await until(lambda: directory.redis_available)
+    assert "w1" in directory.snapshot()
+    await directory.wait_for(lambda workers: workers.keys() == {"w1"} and workers["w1"].seen_at > seen_at, timeout=3)
+    assert directory.snapshot()["w1"].record.epoch == epoch
+    assert caplog.text.count("heartbeats fail") == 1
+    assert caplog.text.count("cannot be reached") == 1
+    for each in (registration, dead, directory):
+        await (each.stop() if isinstance(each, WorkerDirectory) else each.withdraw())
+    await client.aclose()
+
+
+async def test_start_without_redis(own_server: PrivateRedis) -> None:
+    client = await connect(own_server.url)
+    own_server.stop()
+    with pytest.raises(Unavailable):
+        await new_registration(client).start(WORKER)
+    directory = new_directory(client)
+    await directory.start()
+    assert not directory.redis_available
+    await directory.stop()
+    await client.aclose()
+
+
+async def test_registration_starts_once(registration: Registration) -> None:
+    await registration.start(WORKER)
+    with pytest.raises(FailedPrecondition):
+        await registration.start(WORKER)
+
+
+async def test_redis_holds_no_more_than_it_must(redis: Redis, registration: Registration) -> None:
+    await registration.start(WORKER)
+    assert sorted(await redis.keys("*")) == ["kvrelay:epoch:worker:w1", "kvrelay:lease:worker:w1", "kvrelay:members"]

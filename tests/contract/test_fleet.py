@@ -1,0 +1,165 @@
+"""The gateway's connection to a worker: answers and frames that come in any order, and a connection that ends."""
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+
+from gateway.fleet import Connection
+from kvrelay.control.registry import ModelInfo, WorkerRecord
+from kvrelay.errors import Unavailable
+from kvrelay.request import WorkerRole
+from kvrelay.rpc import Server, Service
+from kvrelay.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
+from tests.contract.redis_kit import until
+
+MODEL = ModelInfo("model", "Llama", 64, 512, 16, "ab", "cd")
+NUM_TOKENS = 3
+
+
+class DecodeWorker(worker_pb2_grpc.DecodeServiceServicer):
+    """Sends its tokens in one frame, and ends the frames before it answers, as a worker that drains may."""
+
+    def __init__(self) -> None:
+        self.may_answer = asyncio.Event()
+        self.frames_ended = asyncio.Event()
+        self._handle = asyncio.get_running_loop().create_future()
+
+    async def Decode(self, request: worker_pb2.DecodeRequest, context: Any) -> worker_pb2.DecodeResponse:
+        self._handle.set_result(request.handle)
+        await self.may_answer.wait()
+        return worker_pb2.DecodeResponse(finish_reason=inference_pb2.FINISH_REASON_LENGTH, completion_tokens=NUM_TOKENS)
+
+    async def StreamFrames(
+        self, request: worker_pb2.StreamFramesRequest, context: Any
+    ) -> AsyncIterator[worker_pb2.StreamFramesResponse]:
+        yield worker_pb2.StreamFramesResponse()
+        tokens = worker_pb2.SequenceTokens(handle=await self._handle, first_index=0, token_ids=[7] * NUM_TOKENS)
+        yield worker_pb2.StreamFramesResponse(sequences=[tokens])
+        self.frames_ended.set()
+
+
+class PrefillWorker(worker_pb2_grpc.PrefillServiceServicer):
+    """Takes the request, and says no more."""
+
+    async def Prefill(
+        self, request: worker_pb2.PrefillRequest, context: Any
+    ) -> AsyncIterator[worker_pb2.PrefillResponse]:
+        yield worker_pb2.PrefillResponse(admitted=worker_pb2.Admitted(ticket=b"ticket"))
+        await asyncio.Event().wait()
+
+
+class Sink:
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self._more = asyncio.Event()
+
+    def take(self, tokens: worker_pb2.SequenceTokens) -> None:
+        self.num_tokens += len(tokens.token_ids)
+        self._more.set()
+
+    async def wait_for(self, num_tokens: int) -> None:
+        while self.num_tokens < num_tokens:
+            await self._more.wait()
+
+
+@pytest.fixture
+async def worker() -> DecodeWorker:
+    return DecodeWorker()
+
+
+@pytest.fixture
+async def went_down() -> asyncio.Event:
+    return asyncio.Event()
+
+
+@pytest.fixture
+async def connection(worker: DecodeWorker, went_down: asyncio.Event) -> AsyncIterator[Connection]:
+    add: Callable[..., None] = worker_pb2_grpc.add_DecodeServiceServicer_to_server
+    server = Server("127.0.0.1", 0, [Service("kvrelay.v1.DecodeService", add, worker)])
+    port = await server.start()
+    record = WorkerRecord("decode-0", WorkerRole.DECODE, f"127.0.0.1:{port}", os.getpid(), MODEL, epoch=1)
+    made = Connection(record, "gateway-0", lambda: None if made.up else went_down.set())
+    await until(lambda: made.up)
+    yield made
+    await made.close()
+    await server.stop()
+
+
+def decode(connection: Connection, sink: Sink) -> "asyncio.Task[worker_pb2.DecodeResponse]":
+    return asyncio.create_task(connection.decode(worker_pb2.SequenceSpec(), b"ticket", 10.0, sink))
+
+
+async def test_an_answer_after_the_end_of_the_frames_counts(
+    worker: DecodeWorker, went_down: asyncio.Event, connection: Connection
+) -> None:
+    sink = Sink()
+    task = decode(connection, sink)
+    async with asyncio.timeout(10):
+        await worker.frames_ended.wait()
+        await went_down.wait()
+        worker.may_answer.set()
+        response = await task
+    assert response.completion_tokens == sink.num_tokens == NUM_TOKENS
+
+
+async def test_without_frames_a_worker_that_does_not_answer_is_lost(connection: Connection) -> None:
+    task, started = decode(connection, Sink()), time.monotonic()
+    with pytest.raises(Unavailable) as caught:
+        await task
+    assert caught.value.reason == "WORKER_LOST"
+    assert caught.value.metadata == {"stage": "decode", "worker": "decode-0"}
+    assert time.monotonic() - started < 2.0
+
+
+@contextlib.asynccontextmanager
+async def prefill_connection() -> AsyncIterator[Connection]:
+    add: Callable[..., None] = worker_pb2_grpc.add_PrefillServiceServicer_to_server
+    server = Server("127.0.0.1", 0, [Service("kvrelay.v1.PrefillService", add, PrefillWorker())])
+    port = await server.start()
+    record = WorkerRecord("prefill-0", WorkerRole.PREFILL, f"127.0.0.1:{port}", os.getpid(), MODEL, epoch=1)
+    made = Connection(record, "gateway-0", lambda: None)
+    try:
+        yield made
+    finally:
+        await made.close()
+        await server.stop()
+
+
+async def next_response(responses: AsyncIterator[worker_pb2.PrefillResponse]) -> worker_pb2.PrefillResponse:
+    return await anext(responses)
+
+
+async def test_a_prefill_worker_that_leaves_the_registry_is_lost() -> None:
+    """Closing the channel cancels its calls, which must not look as if the client had cancelled the request."""
+    async with (
+        asyncio.timeout(20),
+        prefill_connection() as connection,
+        connection.prefill(worker_pb2.SequenceSpec(), None) as responses,
+    ):
+        assert (await next_response(responses)).admitted.ticket == b"ticket"
+        waiting = asyncio.create_task(next_response(responses))
+        await asyncio.sleep(0)
+        await connection.close()
+        with pytest.raises(Unavailable) as caught:
+            await waiting
+    assert caught.value.reason == "WORKER_LOST"
+    assert caught.value.metadata == {"stage": "prefill", "worker": "prefill-0"}
+
+
+async def test_a_cancelled_wait_for_a_prefill_worker_is_a_cancellation() -> None:
+    async with (
+        asyncio.timeout(20),
+        prefill_connection() as connection,
+        connection.prefill(worker_pb2.SequenceSpec(), None) as responses,
+    ):
+        assert (await next_response(responses)).admitted.ticket == b"ticket"
+        waiting = asyncio.create_task(next_response(responses))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting

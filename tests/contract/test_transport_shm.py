@@ -1,0 +1,212 @@
+"""Shared memory: what must be there before one process reads another's pool, and reading a process that dies."""
+
+import asyncio
+import contextlib
+import json
+import os
+import struct
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transport_kit import EPOCH, LAYOUT, Prefill, Registry, decode_worker, pair, until
+
+from kv_transfer.choice import choose_transport
+from kv_transfer.shm import ShmReceiver, host_id, offer_pool
+from kv_transfer.transport import TransferFailed
+from kvrelay.control.registry import WorkerRecord
+from kvrelay.engine.kv_cache import KvCache
+from kvrelay.errors import FailedPrecondition
+from kvrelay.request import WorkerRole
+from kvrelay.wire import error_to_status
+
+PROCESS = Path(__file__).with_name("transport_process.py")
+
+
+@pytest.fixture
+def prefill() -> Any:
+    prefill = Prefill()
+    yield prefill
+    prefill.cache.close()
+
+
+@pytest.fixture
+def cache() -> Any:
+    cache = KvCache(LAYOUT, 8, torch.device("cpu"))
+    yield cache
+    cache.close()
+
+
+def _overwrite(prefill: Prefill, offset: int, data: bytes) -> None:
+    os.pwrite(prefill.cache.fd, data, offset)
+
+
+SPOILED = {
+    "magic": lambda prefill, offer: _overwrite(prefill, 0, b"kvrelay2"),
+    "version": lambda prefill, offer: _overwrite(prefill, 8, struct.pack("<I", 9)),
+    "nonce in the header": lambda prefill, offer: _overwrite(prefill, 12, b"\0" * 16),
+    "nonce in the offer": lambda prefill, offer: replace(offer, nonce="00" * 16),
+    "epoch": lambda prefill, offer: prefill.cache.write_header(EPOCH - 1),
+    "layout digest": lambda prefill, offer: _overwrite(prefill, 36, b"\0" * 32),
+    "number of blocks": lambda prefill, offer: _overwrite(prefill, 68, struct.pack("<Q", 1 << 40)),
+    "size in the offer": lambda prefill, offer: replace(offer, size=offer.size + 1),
+    "size in fact": lambda prefill, offer: os.ftruncate(prefill.cache.fd, 8192),
+    "host": lambda prefill, offer: replace(offer, host_id="elsewhere"),
+    "no such process": lambda prefill, offer: replace(offer, pid=2**22 + 1),
+    "no such file": lambda prefill, offer: replace(offer, fd=9999),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED.keys())
+def test_pool_that_is_not_what_was_offered(prefill: Prefill, cache: KvCache, spoil: Any) -> None:
+    offer = offer_pool(prefill.cache)
+    choose_transport("shm", offer, EPOCH, cache).close()
+    spoiled = spoil(prefill, offer)
+    offer = spoiled if isinstance(spoiled, type(offer)) else offer
+    num_open = _times_open(prefill.cache)
+    assert choose_transport("auto", offer, EPOCH, cache).name == "grpc"
+    with pytest.raises(FailedPrecondition) as caught:
+        choose_transport("shm", offer, EPOCH, cache)
+    assert caught.value.reason == "SHM_UNAVAILABLE"
+    assert error_to_status(caught.value).code == 9
+    assert _times_open(prefill.cache) == num_open
+
+
+def test_offered_file_that_is_a_pipe(prefill: Prefill, cache: KvCache) -> None:
+    reader, writer = os.pipe()
+    try:
+        offer = replace(offer_pool(prefill.cache), fd=writer)
+        assert choose_transport("auto", offer, EPOCH, cache).name == "grpc"
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def test_no_offer(cache: KvCache) -> None:
+    assert choose_transport("auto", None, EPOCH, cache).name == "grpc"
+    with pytest.raises(FailedPrecondition):
+        choose_transport("shm", None, EPOCH, cache)
+
+
+def test_grpc_is_not_tried_out(prefill: Prefill, cache: KvCache) -> None:
+    assert choose_transport("grpc", offer_pool(prefill.cache), EPOCH, cache).name == "grpc"
+
+
+def test_host_id_holds_boot_and_pid_namespace() -> None:
+    assert host_id() == host_id()
+    assert host_id().endswith(f":{os.stat('/proc/self/ns/pid').st_ino}")
+
+
+@pytest.mark.parametrize("block_id", [-1, 64, 2**32 - 1])
+async def test_block_out_of_range_is_not_read(prefill: Prefill, cache: KvCache, block_id: int) -> None:
+    receiver = ShmReceiver.open_pool(offer_pool(prefill.cache), EPOCH, cache)
+    try:
+        with pytest.raises(TransferFailed) as caught:
+            await receiver.receive([0, block_id], [0, 1], b"")
+        assert caught.value.reason == "BLOCK_OUT_OF_RANGE"
+        assert not any(cache.read_blocks(range(8)))
+    finally:
+        receiver.close()
+
+
+async def test_short_read(prefill: Prefill, cache: KvCache) -> None:
+    receiver = ShmReceiver.open_pool(offer_pool(prefill.cache), EPOCH, cache)
+    try:
+        os.ftruncate(prefill.cache.fd, 4096 + 3 * 8192 + 100)
+        with pytest.raises(TransferFailed) as caught:
+            await receiver.receive([2, 3], [2, 3], b"")
+        assert caught.value.reason == "SHORT_READ"
+    finally:
+        receiver.close()
+
+
+async def test_forced_transport_that_cannot_work_fails_the_pull() -> None:
+    async with pair("shm") as workers:
+        workers.decode.registry.tell(replace(workers.prefill.record, shm=None))
+        with pytest.raises(TransferFailed) as caught:
+            await workers.decode.puller.pull(workers.prefill.grant_complete(range(8)), range(8), 0)
+        assert caught.value.reason == "SHM_UNAVAILABLE"
+
+
+async def test_closed_links_leave_no_file_open() -> None:
+    async with pair("shm") as workers:
+        num_own = _times_open(workers.prefill.cache)
+        for _ in range(5):
+            await workers.decode.puller.pull(workers.prefill.grant_complete(range(8)), range(8), 0)
+            assert _times_open(workers.prefill.cache) == num_own + 1
+            await workers.decode.links.close()
+            assert _times_open(workers.prefill.cache) == num_own
+
+
+# A prefill worker in a process of its own
+
+
+@asynccontextmanager
+async def prefill_process() -> AsyncIterator[tuple[asyncio.subprocess.Process, WorkerRecord, bytes]]:
+    """It grants blocks 0 to 15, of which 8 are final, and completes the prompt at the first line it reads."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, str(PROCESS)),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    try:
+        assert process.stdout is not None
+        told = json.loads(await asyncio.wait_for(process.stdout.readline(), 30))
+        here = Prefill()
+        here.port = told["port"]
+        shm = replace(offer_pool(here.cache), **told["shm"])
+        here.cache.close()
+        record = WorkerRecord(
+            "prefill-0", WorkerRole.PREFILL, f"127.0.0.1:{told['port']}", process.pid, here.record.model, shm, EPOCH
+        )
+        yield process, record, bytes.fromhex(told["ticket"])
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+def _times_open(cache: KvCache) -> int:
+    """How many of this process's descriptors are the pool; its memory's own mapping is one."""
+    inode = os.fstat(cache.fd).st_ino
+    count = 0
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            count += os.fstat(int(name)).st_ino == inode
+    return count
+
+
+def _expected(block_ids: range) -> bytes:
+    return b"".join(bytes([block_id + 1]) * LAYOUT.block_bytes for block_id in block_ids)
+
+
+@pytest.mark.parametrize("preference", ["shm", "grpc"])
+async def test_another_process(preference: str) -> None:
+    async with prefill_process() as (process, record, ticket), decode_worker(Registry(record), preference) as decode:
+        task = asyncio.create_task(decode.puller.pull(ticket, range(16), 0))
+        await until(lambda: decode.cache.read_blocks(range(8)) == _expected(range(8)))
+        process.stdin.write(b"\n")
+        pulled = await asyncio.wait_for(task, 5)
+        assert (pulled.transport, pulled.first_token_id) == (preference, 42)
+        assert decode.cache.read_blocks(range(16)) == _expected(range(16))
+
+
+@pytest.mark.parametrize("preference", ["shm", "grpc"])
+async def test_process_killed_during_a_pull(preference: str) -> None:
+    async with prefill_process() as (process, record, ticket), decode_worker(Registry(record), preference) as decode:
+        task = asyncio.create_task(decode.puller.pull(ticket, range(16), 0))
+        await until(lambda: decode.cache.read_blocks(range(8)) == _expected(range(8)))
+        killed_at = time.monotonic()
+        process.kill()
+        with pytest.raises(TransferFailed) as caught:
+            await asyncio.wait_for(task, 5)
+        assert time.monotonic() - killed_at < 2
+        assert caught.value.verified_blocks == 8
+        assert decode.cache.read_blocks(range(8)) == _expected(range(8))

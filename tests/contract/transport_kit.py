@@ -1,0 +1,173 @@
+"""Two workers without an engine: real pools, a real server on a loopback socket, real links."""
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from kv_transfer.handover import Handover
+from kv_transfer.links import Links
+from kv_transfer.puller import Puller
+from kv_transfer.service import KvService
+from kv_transfer.shm import offer_pool
+from kv_transfer.tickets import sign_ticket
+from kvrelay.control.membership import WorkerEntry
+from kvrelay.control.registry import ModelInfo, WorkerLoad, WorkerRecord
+from kvrelay.engine.kv_cache import KvCache
+from kvrelay.engine.kv_layout import KvLayout
+from kvrelay.request import WorkerRole, WorkerState
+from kvrelay.rpc import Server, Service
+from kvrelay.v1 import kv_pb2, kv_pb2_grpc
+from prefill_worker.leases import LeaseTable
+
+KEY = b"k" * 32
+EPOCH = 7
+LAYOUT = KvLayout(b"m" * 32, "float32", block_size=16, num_layers=2, num_kv_heads=2, head_dim=16)  # 8 KiB a block
+NUM_BLOCKS = 64
+Tamper = Callable[[kv_pb2.PullResponse], Sequence[kv_pb2.PullResponse]]
+
+
+class Prefill:
+    """A prefill worker whose engine the test plays: it grants blocks and says which are final."""
+
+    def __init__(self, layout: KvLayout = LAYOUT, num_blocks: int = NUM_BLOCKS, checksum: bool = True) -> None:
+        self.now = 1000.0
+        self.cache = KvCache(layout, num_blocks, torch.device("cpu"))
+        self.cache.tensor.copy_(torch.randn(self.cache.tensor.shape))
+        self.cache.write_header(EPOCH)
+        self.generations = [3] * num_blocks
+        self.freed: list[str] = []
+        self.leases = LeaseTable("prefill-0", 30.0, self.generations.__getitem__, self.freed.append)
+        self.leases.epoch = EPOCH
+        self.tamper: Tamper = lambda event: [event]
+        self.checksum = checksum
+        self.num_pairings = 0
+        self.port = 0
+
+    @contextlib.asynccontextmanager
+    async def serving(self) -> AsyncIterator[None]:
+        service = _TamperingService(self)
+        server = Server(
+            "127.0.0.1", 0, [Service("kvrelay.v1.KvService", kv_pb2_grpc.add_KvServiceServicer_to_server, service)]
+        )
+        self.port = await server.start()
+        try:
+            yield
+        finally:
+            await server.stop()
+            self.cache.close()
+
+    @property
+    def record(self) -> WorkerRecord:
+        digest = self.cache.layout.digest
+        model = ModelInfo("demo", "LlamaForCausalLM", 512, 100, self.cache.layout.block_size, digest, "00")
+        address = f"127.0.0.1:{self.port}"
+        shm = offer_pool(self.cache)
+        return WorkerRecord("prefill-0", WorkerRole.PREFILL, address, os.getpid(), model, shm, EPOCH)
+
+    def grant(self, block_ids: Sequence[int], request_id: str = "r1") -> tuple[Handover, bytes]:
+        generations = tuple(self.generations[block_id] for block_id in block_ids)
+        handover, ticket = self.leases.grant(request_id, tuple(block_ids), generations, self.now)
+        return handover, sign_ticket(ticket, KEY)
+
+    def grant_complete(self, block_ids: Sequence[int], request_id: str = "r1") -> bytes:
+        handover, ticket = self.grant(block_ids, request_id)
+        handover.complete(42, self.now)
+        return ticket
+
+
+class _TamperingService(KvService):
+    """What the network, or a defect, might make of the events."""
+
+    def __init__(self, prefill: Prefill) -> None:
+        super().__init__(prefill.leases, prefill.cache, KEY, prefill.checksum, lambda: prefill.now)
+        self._prefill = prefill
+
+    async def Pair(self, request: kv_pb2.PairRequest, context: Any) -> kv_pb2.PairResponse:
+        self._prefill.num_pairings += 1
+        return await super().Pair(request, context)
+
+    async def Pull(self, request: kv_pb2.PullRequest, context: Any) -> AsyncIterator[kv_pb2.PullResponse]:
+        async with contextlib.aclosing(super().Pull(request, context)) as events:
+            async for event in events:
+                for tampered in self._prefill.tamper(event):
+                    yield tampered
+
+
+class Registry:
+    """A directory that says what the test tells it."""
+
+    def __init__(self, *records: WorkerRecord) -> None:
+        self._told = asyncio.Event()
+        self.tell(*records)
+
+    def tell(self, *records: WorkerRecord) -> None:
+        self._told.set()
+        self._told = asyncio.Event()
+        load = WorkerLoad(WorkerState.READY, 0, 0, 1, 1, 0)
+        self._workers = {record.worker_id: WorkerEntry(record, load, 0.0) for record in records}
+
+    def snapshot(self) -> Mapping[str, WorkerEntry]:
+        return self._workers
+
+    async def wait_for(self, predicate: Callable[[Mapping[str, WorkerEntry]], bool], timeout: float) -> None:
+        async with asyncio.timeout(timeout):
+            while not predicate(self._workers):
+                await self._told.wait()
+
+
+class Decode:
+    """A decode worker's pool, links and puller."""
+
+    def __init__(
+        self, registry: Registry, preference: str, layout: KvLayout = LAYOUT, checksum: bool = True, key: bytes = KEY
+    ) -> None:
+        self.registry = registry
+        self.cache = KvCache(layout, NUM_BLOCKS, torch.device("cpu"))
+        self.links = Links(registry, "decode-0", self.cache, preference)
+        self.puller = Puller(self.links, self.cache, key, checksum)
+
+    def close(self) -> None:
+        self.cache.close()
+
+
+class Pair:
+    """A prefill and a decode worker that know each other."""
+
+    def __init__(self, prefill: Prefill, decode: Decode) -> None:
+        self.prefill = prefill
+        self.decode = decode
+
+    def same(self, source: Sequence[int], destination: Sequence[int]) -> bool:
+        """Whether these blocks hold the same bytes on both workers."""
+        return bytes(self.prefill.cache.read_blocks(source)) == bytes(self.decode.cache.read_blocks(destination))
+
+
+@contextlib.asynccontextmanager
+async def decode_worker(registry: Registry, preference: str, **options: Any) -> AsyncIterator[Decode]:
+    decode = Decode(registry, preference, **options)
+    try:
+        yield decode
+    finally:
+        await decode.links.close()
+        decode.close()
+
+
+@contextlib.asynccontextmanager
+async def pair(preference: str, checksum: bool = True, num_blocks: int = NUM_BLOCKS) -> AsyncIterator[Pair]:
+    prefill = Prefill(checksum=checksum, num_blocks=num_blocks)
+    async with (
+        prefill.serving(),
+        decode_worker(Registry(prefill.record), preference, checksum=checksum) as decode,
+    ):
+        yield Pair(prefill, decode)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Waits for a condition that nobody announces."""
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
