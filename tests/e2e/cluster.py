@@ -1,0 +1,147 @@
+"""A real cluster for a test: `kvrelay up` as a user would start it, in a folder and on a port of its own."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from kvrelay import Client
+from kvrelay.errors import KvrelayError
+from kvrelay.request import ClusterStatus, WorkerState
+
+__all__ = ["Cluster", "eventually", "free_port", "start_cluster"]
+
+START_SECONDS = 120.0
+STOP_SECONDS = 60.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def eventually(condition: Callable[[], object], seconds: float, what: str) -> None:
+    """Waits until the condition holds.
+
+    Raises:
+        AssertionError: it did not in time.
+    """
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {seconds:g} s: {what}")
+        time.sleep(0.02)
+
+
+class Cluster:
+    """A running `kvrelay up`."""
+
+    def __init__(self, run_dir: Path, port: int, process: "subprocess.Popen[str]", num_workers: int) -> None:
+        self.run_dir = run_dir
+        self.target = f"127.0.0.1:{port}"
+        self.process = process
+        self.num_workers = num_workers
+
+    def client(self, timeout: float = 120.0) -> Client:
+        return Client(self.target, timeout=timeout)
+
+    def status(self) -> ClusterStatus:
+        with self.client(10.0) as client:
+            return client.status()
+
+    def pid(self, worker_id: str) -> int:
+        return next(worker.pid for worker in self.status().workers if worker.id == worker_id)
+
+    def kill(self, worker_id: str, number: int = signal.SIGKILL) -> int:
+        """Sends a signal to a worker; answers its process id."""
+        pid = self.pid(worker_id)
+        os.kill(pid, number)
+        return pid
+
+    def is_ready(self) -> bool:
+        try:
+            status = self.status()
+        except KvrelayError:
+            return False
+        return sum(worker.state is WorkerState.READY for worker in status.workers) == self.num_workers
+
+    def is_whole(self) -> bool:
+        """Nothing runs, and every pool is whole."""
+        status = self.status()
+        idle = all(
+            (worker.running, worker.waiting, worker.blocks_held) == (0, 0, 0)
+            and worker.blocks_free == worker.blocks_total
+            for worker in status.workers
+        )
+        return idle and (status.queue.running, status.queue.waiting) == (0, 0)
+
+    def wait_ready(self) -> None:
+        eventually(lambda: self.process.poll() is not None or self.is_ready(), START_SECONDS, "cluster ready")
+        if self.process.poll() is not None:
+            raise AssertionError(f"`kvrelay up` ended with {self.process.returncode}\n{self.logs()}")
+
+    def wait_whole(self, seconds: float = 10.0) -> None:
+        eventually(self.is_whole, seconds, "all pools whole")
+
+    def logs(self) -> str:
+        """The end of each process's log."""
+        texts = []
+        for path in sorted((self.run_dir / "logs").glob("*.log")):
+            tail = path.read_text(errors="replace").splitlines()[-15:]
+            texts.append("\n".join([f"--- {path.name}", *tail]))
+        return "\n".join(texts)
+
+    def stop(self) -> int:
+        """SIGTERM, as an operator would; answers the exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(STOP_SECONDS)
+
+
+@contextlib.contextmanager
+def start_cluster(
+    run_dir: Path, model: Path | str, *, prefill: int = 1, decode: int = 1, **settings: object
+) -> Iterator[Cluster]:
+    """Starts a cluster and waits until it is ready; ends all of it, whatever happens.
+
+    Args:
+        settings: more settings by their names in `kvrelay.config`.
+    """
+    port = free_port()
+    flags: dict[str, object] = {
+        "model": model,
+        "prefill": prefill,
+        "decode": decode,
+        "port": port,
+        "run_dir": run_dir,
+        **settings,
+    }
+    arguments = [text for name, value in flags.items() for text in _flag(name, value)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("KVRELAY_")}
+    with (run_dir.parent / f"{run_dir.name}.up.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "kvrelay", "up", *arguments], stdout=log, stderr=log, text=True, env=environment
+        )
+    cluster = Cluster(run_dir, port, process, prefill + decode)
+    try:
+        cluster.wait_ready()
+        yield cluster
+        assert cluster.stop() == 0, cluster.logs()
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def _flag(name: str, value: object) -> list[str]:
+    flag = "--" + name.replace("_", "-")
+    if isinstance(value, bool):
+        return [flag if value else "--no-" + flag.removeprefix("--")]
+    return [flag, str(value)]

@@ -1,0 +1,340 @@
+"""What dies or falls silent in a running cluster, and what becomes of the requests: some end with a typed error, none
+hangs, and all others go on. After each case the cluster is ready again by itself and every pool is whole."""
+
+import contextlib
+import itertools
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from random import Random
+from typing import TypedDict, Unpack
+
+import pytest
+from redis import Redis
+
+from kvrelay import Client
+from kvrelay.client import GenerateOptions
+from kvrelay.errors import KvrelayError, Unavailable
+from kvrelay.request import Chunk, FinishReason, WorkerState
+from tests.checkpoints import VOCAB_SIZE
+from tests.e2e.cluster import START_SECONDS, Cluster, eventually, start_cluster
+from tests.e2e.processes import is_alive, private_redis, silent
+
+NOTICE_SECONDS = 2.0  # after which a client has its error
+LENGTH = 1500  # tokens of a completion that is seen while it runs
+LATE_LENGTH = 50
+NUM_LATE = 8  # requests, so that some go to a silent worker however much the other has done meanwhile
+BLOCK_SIZE, NUM_BLOCKS = 16, 600
+PROMPT = [17, 4, 99, 256, 31, 8]
+ids = itertools.count()
+
+
+class Greedy(TypedDict):
+    """What all requests here have in common; how long they run is said by each."""
+
+    token_ids: list[int]
+    temperature: float
+    ignore_eos: bool
+
+
+GREEDY: Greedy = {"token_ids": PROMPT, "temperature": 0, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def pair_cluster(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Two workers of each role; steps are so small that long prompts take a while."""
+    run_dir = tmp_path_factory.mktemp("failures") / "run"
+    settings = {"block_size": BLOCK_SIZE, "num_blocks": NUM_BLOCKS, "max_batched_tokens": 4}
+    with start_cluster(run_dir, tiny_llama, prefill=2, decode=2, **settings) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(pair_cluster: Cluster) -> Iterator[Cluster]:
+    yield pair_cluster
+    pair_cluster.wait_ready()
+    pair_cluster.wait_whole()
+
+
+@pytest.fixture
+def client(cluster: Cluster) -> Iterator[Client]:
+    with cluster.client() as client:
+        yield client
+
+
+class Reading:
+    """A request whose responses are read in a thread of its own."""
+
+    def __init__(self, client: Client, **options: Unpack[GenerateOptions]) -> None:
+        self.request_id = options.setdefault("request_id", f"reading-{next(ids)}")
+        self.max_tokens = options["max_tokens"]
+        self.chunks: list[Chunk] = []
+        self.error: KvrelayError | None = None
+        self.ended_at = 0.0
+        self._stream = client.generate(**options)
+        self._thread = threading.Thread(target=self._read)
+        self._thread.start()
+
+    def _read(self) -> None:
+        try:
+            for chunk in self._stream:
+                self.chunks.append(chunk)
+        except KvrelayError as error:
+            self.error = error
+        self.ended_at = time.monotonic()
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [token_id for chunk in list(self.chunks) for token_id in chunk.token_ids]
+
+    @property
+    def ended(self) -> bool:
+        return self.ended_at > 0.0
+
+    def wait(self, seconds: float = 60.0) -> None:
+        self._thread.join(seconds)
+        assert not self._thread.is_alive(), "the request hangs"
+
+    def cancel(self) -> None:
+        self._stream.close()
+        self.wait()
+
+
+@contextlib.contextmanager
+def running(client: Client, count: int) -> Iterator[list[Reading]]:
+    """So many equal requests, each of which has had tokens already."""
+    readings = [Reading(client, **GREEDY, max_tokens=LENGTH) for _ in range(count)]
+    try:
+        eventually(lambda: all(len(reading.token_ids) > 2 for reading in readings), 30, "all requests run")
+        yield readings
+    finally:
+        for reading in readings:
+            reading.cancel()
+
+
+def late_requests(client: Client) -> list[Reading]:
+    """Requests that have their first token; where their decode worker is silent, they have no other."""
+    readings = [Reading(client, **GREEDY, max_tokens=LATE_LENGTH) for _ in range(NUM_LATE)]
+    eventually(lambda: all(reading.token_ids for reading in readings), 30, "all first tokens")
+    return readings
+
+
+def check_complete(readings: Sequence[Reading]) -> None:
+    """Each was read to its end; nothing is missing, doubled or different."""
+    for reading in readings:
+        reading.wait()
+        assert reading.error is None
+        assert reading.chunks[-1].finish_reason is FinishReason.LENGTH
+        assert [chunk.seq for chunk in reading.chunks] == list(range(1, len(reading.chunks) + 1))
+        assert len(reading.token_ids) == reading.max_tokens
+    check_agree(readings)
+
+
+def check_agree(readings: Sequence[Reading]) -> None:
+    """As far as each has come, all have had the same tokens."""
+    longest = max((reading.token_ids for reading in readings), key=len)
+    assert all(reading.token_ids == longest[: len(reading.token_ids)] for reading in readings)
+
+
+def check_lost(readings: Sequence[Reading], killed_at: float, stage: str, worker_id: str) -> None:
+    """Each ended in time, with an error that names what was lost."""
+    for reading in readings:
+        reading.wait()
+        assert isinstance(reading.error, Unavailable)
+        assert reading.error.reason == "WORKER_LOST"
+        assert reading.error.metadata == {"stage": stage, "worker": worker_id}
+        assert reading.ended_at - killed_at < NOTICE_SECONDS
+
+
+def on_worker(client: Client, worker_id: str) -> set[str]:
+    """The requests that hold blocks there."""
+    return {entry.request_id for entry in client.held_blocks() if entry.worker_id == worker_id}
+
+
+def a_long_prompt(client: Client) -> Reading:
+    """One of which nothing is cached."""
+    random = Random(next(ids))
+    prompt = [random.randrange(3, VOCAB_SIZE) for _ in range(4000)]
+    return Reading(client, token_ids=prompt, max_tokens=3, ignore_eos=True)
+
+
+def num_unfinished(readings: Sequence[Reading]) -> int:
+    return sum(not reading.ended for reading in readings)
+
+
+def epochs(cluster: Cluster) -> dict[str, int]:
+    return {worker.id: worker.epoch for worker in cluster.status().workers}
+
+
+def check_restarted(cluster: Cluster, worker_id: str, before: dict[str, int]) -> None:
+    """The worker is back under a higher epoch, the others are as they were, and it gets requests again."""
+    cluster.wait_ready()
+    eventually(lambda: epochs(cluster)[worker_id] > before[worker_id], START_SECONDS, f"{worker_id} has a new epoch")
+    cluster.wait_ready()
+    assert {**epochs(cluster), worker_id: 0} == {**before, worker_id: 0}
+    with cluster.client() as client:
+        readings = [a_long_prompt(client) for _ in range(4)]
+        eventually(lambda: on_worker(client, worker_id), 30, f"{worker_id} serves")
+        for reading in readings:
+            reading.cancel()
+
+
+def gateway_process(cluster: Cluster) -> int:
+    return next(gateway.pid for gateway in cluster.status().gateways if is_alive(gateway.pid))
+
+
+def works(client: Client) -> bool:
+    try:
+        return len(client.complete(**GREEDY, max_tokens=3, timeout=30).token_ids) == 3
+    except Unavailable:
+        return False
+
+
+def test_a_killed_decode_worker(cluster: Cluster, client: Client) -> None:
+    before, pid = epochs(cluster), cluster.pid("decode-0")
+    with running(client, 6) as readings:
+        there = on_worker(client, "decode-0")
+        with silent(pid):
+            late = late_requests(client)
+            killed_at = time.monotonic()
+            os.kill(pid, signal.SIGKILL)
+        eventually(lambda: any(reading.error for reading in late), NOTICE_SECONDS, "somebody is told")
+        assert all(works(client) for _ in range(4))
+        for reading in (*readings, *late):
+            reading.wait()
+        victims = [reading for reading in (*readings, *late) if reading.error]
+        others = [reading for reading in (*readings, *late) if not reading.error]
+        assert {victim.request_id for victim in victims} <= there | {reading.request_id for reading in late}
+        check_lost(victims, killed_at, "decode", "decode-0")
+        check_complete(others)
+        check_agree([*victims, *others])
+        # Nothing is kept of a request that failed, so its id and body are as good as new.
+        again = Reading(client, **GREEDY, max_tokens=victims[0].max_tokens, request_id=victims[0].request_id)
+        check_complete([again, *others])
+    check_restarted(cluster, "decode-0", before)
+
+
+def test_a_killed_prefill_worker(cluster: Cluster, client: Client) -> None:
+    """One prompt is being computed there, the others wait for their turn or for blocks."""
+    before, pid = epochs(cluster), cluster.pid("prefill-1")
+    with running(client, 2) as streams:
+        readings = [a_long_prompt(client) for _ in range(8)]
+        eventually(lambda: on_worker(client, "prefill-1"), 30, "a prompt is being computed")
+        with silent(pid):
+            readings += [a_long_prompt(client) for _ in range(4)]
+            eventually(lambda: client.status().queue.running >= num_unfinished(readings), 30, "all prompts are sent")
+            killed_at = time.monotonic()
+            os.kill(pid, signal.SIGKILL)
+        eventually(lambda: any(reading.error for reading in readings), NOTICE_SECONDS, "somebody is told")
+        assert all(works(client) for _ in range(4))
+        for reading in readings:
+            reading.wait()
+        victims = [reading for reading in readings if reading.error]
+        check_lost(victims, killed_at, "prefill", "prefill-1")
+        check_complete(streams)
+    check_restarted(cluster, "prefill-1", before)
+
+
+def test_killed_redis(cluster: Cluster, client: Client) -> None:
+    before = epochs(cluster)
+    with running(client, 4) as readings:
+        pid = private_redis(cluster.run_dir)
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        eventually(lambda: works(client), 10, "new requests work")
+        check_complete(readings)
+    assert private_redis(cluster.run_dir) not in (None, pid)
+    cluster.wait_ready()
+    assert epochs(cluster) == before
+
+
+def test_wiped_redis(cluster: Cluster, client: Client) -> None:
+    before = epochs(cluster)
+    with running(client, 4) as readings, Redis(unix_socket_path=f"{cluster.run_dir}/redis/redis.sock") as redis:
+        redis.flushall()
+        assert works(client)
+        redis.flushall()
+        assert works(client)
+        check_complete(readings)
+    cluster.wait_ready()
+    assert epochs(cluster) == before
+
+
+def test_frozen_redis(cluster: Cluster, client: Client) -> None:
+    """Also a worker that has to start meanwhile does not end the cluster: it tries again."""
+    before = epochs(cluster)
+    log = cluster.run_dir.parent / f"{cluster.run_dir.name}.up.log"
+    pid = private_redis(cluster.run_dir)
+    assert pid is not None
+    with running(client, 4) as readings:
+        worker = cluster.pid("prefill-0")
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(Unavailable, match="queue") as caught:
+                client.complete(**GREEDY, max_tokens=3, timeout=10)
+            assert caught.value.reason == "REDIS_UNAVAILABLE"
+            os.kill(worker, signal.SIGKILL)
+            check_complete(readings)
+            eventually(lambda: "prefill-0 ended (exit code 2)" in log.read_text(), START_SECONDS, "a start fails")
+        finally:
+            os.kill(pid, signal.SIGCONT)
+    eventually(lambda: works(client), 10, "new requests work")
+    check_restarted(cluster, "prefill-0", before)
+
+
+def test_a_killed_gateway(cluster: Cluster, client: Client) -> None:
+    before, pid = epochs(cluster), gateway_process(cluster)
+    decode = [cluster.pid(worker_id) for worker_id in ("decode-0", "decode-1")]
+    with running(client, 4) as readings:
+        with silent(*decode):
+            late = late_requests(client)
+            killed_at = time.monotonic()
+            os.kill(pid, signal.SIGKILL)
+            for reading in late:
+                reading.wait()
+        victims = [reading for reading in (*readings, *late) if reading.error]
+        assert set(late) <= set(victims)
+        for reading in victims:
+            assert isinstance(reading.error, Unavailable)
+            assert reading.ended_at - killed_at < NOTICE_SECONDS
+    cluster.wait_ready()
+    cluster.wait_whole()
+    assert gateway_process(cluster) != pid
+    assert epochs(cluster) == before
+    again = Reading(client, **GREEDY, max_tokens=LATE_LENGTH, request_id=late[0].request_id)
+    check_complete([again])
+    check_agree([again, *victims])
+
+
+def test_clients_that_do_not_read(cluster: Cluster, client: Client) -> None:
+    """They cost their own responses' memory, and nobody else's time."""
+    gateway = gateway_process(cluster)
+    num_tokens, num_readers = 1000, 12
+
+    def seconds() -> float:
+        started = time.monotonic()
+        client.complete(**GREEDY, max_tokens=20)
+        return time.monotonic() - started
+
+    alone, memory = sorted(seconds() for _ in range(9))[4], resident_bytes(gateway)
+    with contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(cluster.client()) for _ in range(num_readers)]
+        streams = [other.generate(**GREEDY, max_tokens=num_tokens, logprobs=20) for other in idle]
+        for stream in streams:
+            next(stream)
+        # Nobody reads, and yet all of them are computed to the end.
+        eventually(lambda: cluster.status().queue.running == 0, 60, "the workers are done")
+        assert sorted(seconds() for _ in range(9))[4] < 3 * alone + 0.1
+        assert resident_bytes(gateway) - memory < 128 << 20
+        assert all(worker.state is WorkerState.READY for worker in cluster.status().workers)
+        # What was not read is still there.
+        assert sum(len(chunk.token_ids) for chunk in streams[0]) + 1 >= num_tokens
+        for stream in streams:
+            stream.close()
+
+
+def resident_bytes(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
