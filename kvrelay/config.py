@@ -124,6 +124,11 @@ class EngineSettings:
     context_length: int = setting(0, "tokens a request may have; 0 means as many as model and pool allow", minimum=0)
     max_num_sequences: int = setting(64, "sequences in the running batch", minimum=1)
     max_batched_tokens: int = setting(512, "tokens computed in one step; longer prompts are chunked", minimum=1)
+    itl_limit: float = setting(
+        0.1,
+        "seconds that a decode step may take because prompt tokens ride beside it; 0 means no limit",
+        minimum=0,
+    )
     prefix_caching: bool = setting(True, "reuse KV blocks of equal prefixes")
     overlap: str = setting(
         "auto",
