@@ -2,8 +2,9 @@
 
 Iteration-level scheduling after Orca (Yu et al., OSDI 2022) with chunked prefill after Sarathi-Serve (Agrawal et al.,
 OSDI 2024): each step computes one token of every decoding sequence first, then as many prompt tokens as the budget
-leaves, which `StepBudget` cuts where they would make the decoding ones wait too long. When blocks run out, the youngest sequence gives its own back and is recomputed later; but the blocks of a
-sequence that is to be handed over are promised to a decode worker and stay.
+leaves; `StepBudget` says how many that are beside decoding sequences. When blocks run out, the youngest sequence gives
+its own back and is recomputed later; but the blocks of a sequence that is to be handed over are promised to a decode
+worker and stay.
 
 A step may be scheduled before the one before it is committed, while the device computes that one. It is then assumed
 to bring what every step brings: the KV cache of its chunks, and one token of which only the device knows which it is.

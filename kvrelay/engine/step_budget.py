@@ -16,7 +16,7 @@ class StepTimes:
     """Seconds of a step as `fixed + per_token * tokens`, by least squares in which old steps count less and less.
 
     A step of no tokens that takes no time is always among the observations. So the line is defined from the first step
-    on. Where all steps were alike it runs through the origin, until the first step of another size shows the fixed part.
+    on; where all steps were alike it runs through the origin, until a step of another size shows the fixed part.
     """
 
     def __init__(self) -> None:
