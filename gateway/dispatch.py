@@ -5,7 +5,9 @@ import contextlib
 import time
 from types import TracebackType
 
+from gateway.disaggregation import Costs
 from gateway.fleet import Connection, Fleet
+from gateway.reservation import Reservation
 from gateway.router import Router, WorkerView
 from kvrelay.control.membership import WorkerEntry
 from kvrelay.engine.prefix import block_digests, root_digest
@@ -16,11 +18,24 @@ __all__ = ["Dispatch", "Placement"]
 
 
 class Placement:
-    """The two workers of one request, which count it as theirs inside the context."""
+    """The workers of one request, which count it as theirs inside the context.
 
-    def __init__(self, router: Router, request_id: str, prefill: Connection, decode: Connection) -> None:
+    Attributes:
+        prefill: None where the decode worker computes the prompt, too.
+        reservation: when the decode worker may be asked.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        request_id: str,
+        prefill: Connection | None,
+        decode: Connection,
+        reservation: Reservation,
+    ) -> None:
         self.prefill = prefill
         self.decode = decode
+        self.reservation = reservation
         self._router = router
         self._request_id = request_id
 
@@ -43,13 +58,14 @@ class Dispatch:
     Args:
         block_size: of the workers' KV blocks, in which their prefix caches count.
         wait_seconds: how long a request waits for a worker when there is none.
+        costs: of moving a prompt's KV cache, or not; by default it is always moved.
     """
 
-    def __init__(self, fleet: Fleet, block_size: int, wait_seconds: float) -> None:
+    def __init__(self, fleet: Fleet, block_size: int, wait_seconds: float, costs: Costs | None = None) -> None:
         self._fleet = fleet
         self._block_size = block_size
         self._wait_seconds = wait_seconds
-        self._router = Router(block_size)
+        self._router = Router(block_size, costs=costs)
 
     def context_length(self, otherwise: int) -> int:
         """Tokens that a request may have on every worker that is up; `otherwise` if none is."""
@@ -59,7 +75,7 @@ class Dispatch:
         """Chooses the workers.
 
         Raises:
-            Unavailable: there is no worker of a role, and none came in time.
+            Unavailable: there is no worker of a role that is needed, and none came in time.
         """
         until = time.monotonic() + self._wait_seconds
         while True:
@@ -85,8 +101,9 @@ class Dispatch:
             digests = block_digests(root, prompt, self._block_size)
         views = [_view(entry) for entry in entries]
         route = self._router.choose(request.request_id, len(prompt), digests, views, time.monotonic())
-        prefill, decode = self._fleet.connection(route.prefill_id), self._fleet.connection(route.decode_id)
-        return Placement(self._router, request.request_id, prefill, decode)
+        prefill = None if route.prefill_id is None else self._fleet.connection(route.prefill_id)
+        decode = self._fleet.connection(route.decode_id)
+        return Placement(self._router, request.request_id, prefill, decode, Reservation(route.reserves_late))
 
 
 def _view(entry: WorkerEntry) -> WorkerView:
@@ -101,4 +118,6 @@ def _view(entry: WorkerEntry) -> WorkerView:
         seen_at=entry.seen_at,
         epoch=record.epoch,
         draining=load.state is WorkerState.DRAINING,
+        prefill_rate=load.prefill_rate,
+        block_bytes=record.model.block_bytes,
     )

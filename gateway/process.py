@@ -7,6 +7,7 @@ import os
 import socket
 
 from gateway.admission import Admission
+from gateway.disaggregation import Costs, Disaggregation
 from gateway.dispatch import Dispatch
 from gateway.fleet import Fleet
 from gateway.pacing import Pacer
@@ -52,7 +53,8 @@ async def run_gateway(settings: Settings, cluster_key: bytes) -> int:
         redis = await connect(settings.cluster.redis)
         cleanup.push_async_callback(redis.aclose)
         directory = WorkerDirectory(redis, cluster_key)
-        fleet = Fleet(directory, gateway_id, model_id)
+        disaggregation = Disaggregation(limits.disaggregation)
+        fleet = Fleet(directory, gateway_id, model_id, disaggregation.roles)
         cleanup.push_async_callback(fleet.close)
         queue = RequestQueue(
             redis,
@@ -64,9 +66,10 @@ async def run_gateway(settings: Settings, cluster_key: bytes) -> int:
         admission = Admission(queue)
         pool = TokenizerPool(tokenizer)
         cleanup.callback(pool.close)
-        relay = Relay(
-            tokenizer, pool, admission, Dispatch(fleet, settings.engine.block_size, limits.worker_wait_seconds)
-        )
+        engine = settings.engine
+        costs = Costs(disaggregation, engine.itl_limit, engine.max_batched_tokens)
+        dispatch = Dispatch(fleet, engine.block_size, limits.worker_wait_seconds, costs)
+        relay = Relay(tokenizer, pool, admission, dispatch)
         requests = Requests(ResponseHistory(limits.replay_seconds, limits.replay_requests), _pacer(limits))
         service = InferenceService(relay, requests, ClusterView(directory, fleet, admission), model_id)
         server = Server(settings.cluster.host, limits.port, [_service(service)])

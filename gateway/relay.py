@@ -27,6 +27,8 @@ from kvrelay.v1 import worker_pb2
 
 __all__ = ["Relay"]
 
+NO_TICKET = b""
+
 
 class Relay:
     """Runs requests, each to its end in its own task."""
@@ -167,18 +169,35 @@ class _Run:
             admission.leave(request.request_id, outcome)
 
     async def _serve(self, sequence: worker_pb2.SequenceSpec, placement: Placement) -> FinishReason:
-        """Prefill and decode overlap: the decode worker is told as soon as the ticket is there."""
-        async with placement.prefill.prefill(sequence, self._remaining()) as responses:
+        """Prefill and decode overlap: the decode worker is told once the ticket is there and blocks may be taken."""
+        reservation = placement.reservation
+        if placement.prefill is None:
+            return await self._serve_whole(sequence, placement)
+        async with placement.prefill.prefill(sequence, self._remaining(), reservation.late) as responses:
             first_response = await anext(responses)
             if first_response.HasField("first_token"):
                 return self._take_first_token(first_response.first_token, placement) or FinishReason.LENGTH
             ticket = first_response.admitted.ticket
             decoding = asyncio.create_task(self._decode(sequence, ticket, placement))
             try:
-                return await self._follow(responses, decoding, placement)
+                return await self._follow(reservation.watch(responses), decoding, placement)
             finally:
                 decoding.cancel()
                 await asyncio.wait([decoding])
+
+    async def _serve_whole(self, sequence: worker_pb2.SequenceSpec, placement: Placement) -> FinishReason:
+        """The decode worker computes the prompt, too."""
+        noting = asyncio.create_task(self._note_first_token(placement))
+        try:
+            return await self._decode(sequence, NO_TICKET, placement)
+        finally:
+            noting.cancel()
+            await asyncio.wait([noting])
+
+    async def _note_first_token(self, placement: Placement) -> None:
+        await self._completion.wait_for(1)
+        placement.prefill_done()
+        self._timings = replace(self._timings, time_to_first_token=time.monotonic() - self._arrival)
 
     async def _follow(
         self,
@@ -210,6 +229,7 @@ class _Run:
 
     async def _decode(self, sequence: worker_pb2.SequenceSpec, ticket: bytes, placement: Placement) -> FinishReason:
         """To the last token, or to the first stop string."""
+        await placement.reservation.wait()
         decoding = placement.decode.decode(sequence, ticket, self._remaining(), self._completion)
         response = await (self._unless_stopped(decoding) if self._call.sampling.stop else decoding)
         if response is not None:
@@ -219,6 +239,9 @@ class _Run:
                 decode_queue=response.decode_queue,
                 first_decode_step=response.first_decode_step,
             )
+            if response.HasField("cached_tokens"):
+                self._num_cached_tokens = response.cached_tokens
+                self._timings = replace(self._timings, prefill_queue=response.prefill_queue, prefill=response.prefill)
         if response is None or self._completion.stopped:
             return FinishReason.STOP
         return wire.finish_reason_from_proto(response.finish_reason) or FinishReason.ABORT

@@ -25,7 +25,7 @@ class ClusterView:
         self._admission = admission
 
     def models(self) -> tuple[Model, ...]:
-        """The models that workers of both roles serve, with what the least of their workers can take."""
+        """The models that could be asked for now, with what the least of their workers can take."""
         found: dict[str, Model] = {}
         for entry in self._fleet.entries():
             model = entry.record.model

@@ -80,6 +80,11 @@ class GatewaySettings:
     port: int = setting(50051, "port of the public API", minimum=0, maximum=65535)
     max_running: int = setting(256, "requests on the workers at once; the others queue", minimum=1)
     max_waiting: int = setting(1024, "requests that may queue; more are refused", minimum=0)
+    disaggregation: str = setting(
+        "always",
+        "who computes prompts: always the prefill workers, never they but the decode workers, or auto, what costs less",
+        choices=("always", "never", "auto"),
+    )
     worker_wait_seconds: float = setting(30.0, "how long a request waits for a worker when there is none", minimum=0)
     responses_per_second: float = setting(
         0.0,
