@@ -170,3 +170,22 @@ def test_a_worker_without_experience_is_taken_to_be_as_fast_as_the_fastest() -> 
     for decoding, prefill_id in ((unknown, None), (decode(), "p1")):
         route = choose(router(Disaggregation.AUTO), [prefill(rate=1e5), decoding], 2000)
         assert route.prefill_id == prefill_id
+
+
+@given(
+    st.sampled_from(list(Disaggregation)),
+    st.lists(st.tuples(st.integers(1, 3000), st.sampled_from(["nothing", "prefill_done", "finished"])), max_size=12),
+)
+def test_when_all_requests_have_left_nothing_is_counted_any_more(
+    mode: Disaggregation, requests: list[tuple[int, str]]
+) -> None:
+    workers = [prefill("p1"), prefill("p2"), decode("d1", running=2), decode("d2", running=2)]
+    used, unused = router(mode), router(mode)
+    for index, (num_tokens, news) in enumerate(requests):
+        choose(used, workers, num_tokens, index * 10_000, f"r{index}")
+        if news != "nothing":
+            getattr(used, news)(f"r{index}")
+    for index in range(len(requests)):
+        used.finished(f"r{index}")
+    for num_tokens in (1, 500, 5000):
+        assert choose(used, workers, num_tokens, 900_000) == choose(unused, workers, num_tokens, 900_000)
