@@ -195,7 +195,7 @@ class _DecodeCall:
             case Admitted() if not self._admitted.done():
                 self._admitted.set_result((event, step.started))
             case Sampled():
-                if not self._call.ticket and event.index == 0:
+                if not self._call.ticket and not self._prompt_done.done():
                     self._prompt_done.set_result(step.ended)
                 elif self._first_step is None:
                     self._first_step = (step.started, step.ended)
