@@ -69,6 +69,12 @@ async def _ask(connection: Connection | None) -> worker_pb2.GetStatusResponse | 
         return await connection.status(ANSWER_SECONDS)
     except KvrelayError:
         return None
+    except asyncio.CancelledError:
+        # gRPC cancels the calls of a channel that is closed, which is not this task's own cancellation.
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        return None
 
 
 def _silent(entry: WorkerEntry) -> WorkerStatus:
