@@ -143,8 +143,7 @@ def greedy_oracle(path: Path, prompt_ids: Sequence[int], count: int) -> list[int
 @functools.cache
 def _generate(path: Path, prompt_ids: tuple[int, ...], count: int) -> tuple[int, ...]:
     ids = torch.tensor([prompt_ids])
-    # A token that never comes, because what is left open is the checkpoint's end of sequence.
-    config = tf.GenerationConfig(max_new_tokens=count, do_sample=False, pad_token_id=2, eos_token_id=-1)
+    config = tf.GenerationConfig(max_new_tokens=count, do_sample=False, pad_token_id=2)
     with torch.inference_mode():
         output = _reference(path).generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
     return tuple(output[0, len(prompt_ids) :].tolist())

@@ -23,8 +23,8 @@ LOCAL_SPANS = ALL_SPANS - {"kvrelay.transfer", "kvrelay.decode_queue"}
 NUM_STREAMS = 4
 
 
-def prompt_of(length: int, first: int = 0) -> list[int]:
-    """Unlike the prompt of another `first`."""
+def prompt_of(length: int, first: int = 1) -> list[int]:
+    """Unlike the prompt of another `first`. Of the default ones no completion here has an end of sequence in it."""
     return [3 + (first * 31 + 7 * index + index // 50) % (VOCAB_SIZE - 3) for index in range(length)]
 
 
@@ -120,7 +120,7 @@ def test_short_prompts_stay_and_long_ones_beside_running_streams_move(
 
 
 def stream(client: Client, index: int) -> FinishReason | None:
-    *_, last = client.generate(token_ids=prompt_of(4, index + 1), request_id=f"stream-{index}", **FOREVER)
+    *_, last = client.generate(token_ids=prompt_of(4, index + 2), request_id=f"stream-{index}", **FOREVER)
     return last.finish_reason
 
 
