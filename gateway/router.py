@@ -1,12 +1,12 @@
 """Which workers a request goes to: a policy that does no I/O and takes the time as an argument."""
 
-import bisect
-from collections import Counter, OrderedDict, defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from gateway.disaggregation import Costs, Disaggregation, Link, PromptWork
 from gateway.reservation import reserves_late
+from gateway.router_memory import PrefixIndex, Sent
 from kvrelay.errors import Unavailable
 from kvrelay.request import WorkerRole
 
@@ -80,10 +80,10 @@ class Router:
     def __init__(self, block_size: int, max_digests: int = 1 << 16, costs: Costs | None = None) -> None:
         self._block_size = block_size
         self._costs = costs or Costs()
-        self._prefixes = {role: _PrefixIndex(max_digests) for role in (WorkerRole.PREFILL, WorkerRole.DECODE)}
+        self._prefixes = {role: PrefixIndex(max_digests) for role in (WorkerRole.PREFILL, WorkerRole.DECODE)}
         self._routes: dict[str, Route] = {}
-        self._sent: defaultdict[str, _Sent] = defaultdict(_Sent)  # prompt tokens, by who computes them
-        self._promised: defaultdict[str, _Sent] = defaultdict(_Sent)  # blocks of decode workers
+        self._sent: defaultdict[str, Sent] = defaultdict(Sent)  # prompt tokens, by who computes them
+        self._promised: defaultdict[str, Sent] = defaultdict(Sent)  # blocks of decode workers
         self._num_decoding: Counter[str] = Counter()
 
     def choose(
@@ -270,55 +270,3 @@ def _of_role(workers: Sequence[WorkerView], role: WorkerRole, avoid: Collection[
             retry_after=1.0,
         )
     return found
-
-
-class _Sent:
-    """Amounts (prompt tokens, or blocks) that were sent to one worker and that its next heartbeat will tell of."""
-
-    def __init__(self) -> None:
-        self._sent: OrderedDict[str, tuple[float, int]] = OrderedDict()
-        self._total = 0
-
-    def add(self, request_id: str, amount: int, now: float) -> None:
-        self._sent[request_id] = now, amount
-        self._total += amount
-
-    def remove(self, request_id: str) -> None:
-        _, amount = self._sent.pop(request_id, (0.0, 0))
-        self._total -= amount
-
-    def since(self, seen_at: float) -> int:
-        """Forgets what was sent before this heartbeat, and returns the sum of the rest."""
-        while self._sent:
-            request_id, (sent_at, _) = next(iter(self._sent.items()))
-            if sent_at > seen_at:
-                break
-            self.remove(request_id)
-        return self._total
-
-
-class _PrefixIndex:
-    """Which workers probably hold which blocks: bounded, and forgetful of the least recently used."""
-
-    def __init__(self, max_digests: int) -> None:
-        self._max_digests = max_digests
-        self._epochs: OrderedDict[bytes, dict[str, int]] = OrderedDict()  # by digest and worker id
-
-    def record(self, worker: WorkerView, digests: Sequence[bytes]) -> None:
-        """The worker computes or receives these blocks. A prefix is used more recently than what follows it."""
-        for digest in reversed(digests):
-            self._epochs.setdefault(digest, {})[worker.worker_id] = worker.epoch
-            self._epochs.move_to_end(digest)
-        while len(self._epochs) > self._max_digests:
-            self._epochs.popitem(last=False)
-
-    def num_blocks(self, worker: WorkerView, digests: Sequence[bytes]) -> int:
-        """How many of the blocks, from the first on, the worker holds.
-
-        A worker that holds a block here also holds those before it, so a binary search finds the end.
-        """
-
-        def missing(digest: bytes) -> bool:
-            return self._epochs.get(digest, {}).get(worker.worker_id) != worker.epoch
-
-        return bisect.bisect_left(digests, True, key=missing)

@@ -23,8 +23,8 @@ LOCAL_SPANS = ALL_SPANS - {"kvrelay.transfer", "kvrelay.decode_queue"}
 NUM_STREAMS = 4
 
 
-def prompt_of(length: int, first: int = 0) -> list[int]:
-    """Unlike the prompt of another `first`."""
+def prompt_of(length: int, first: int = 1) -> list[int]:
+    """Unlike the prompt of another `first`. Of the default ones no completion here has an end of sequence in it."""
     return [3 + (first * 31 + 7 * index + index // 50) % (VOCAB_SIZE - 3) for index in range(length)]
 
 
@@ -41,7 +41,7 @@ def test_tokens_are_those_of_transformers_wherever_prompts_are_computed(tmp_path
         roles = {worker.role.value for worker in cluster.status().workers}
     for (token_ids, count), *results in zip(prompts, first, again, strict=True):
         for result in results:
-            assert list(result.token_ids) == greedy_oracle(model, token_ids, count, ignore_eos=True)
+            assert list(result.token_ids) == greedy_oracle(model, token_ids, count)
             assert result.usage.prompt_tokens == len(token_ids)
     assert roles == ({"decode"} if disaggregation == "never" else {"prefill", "decode"})
     assert sum(result.usage.cached_tokens for result in again) > 0
@@ -58,7 +58,7 @@ def test_without_prefill_workers_everything_is_as_with_them(colocated: Cluster, 
     with colocated.client() as client:
         assert [model.id for model in client.list_models()] == ["tiny-llama"]
         result = client.complete(token_ids=prompt_of(100), max_tokens=10, **GREEDY)
-        assert list(result.token_ids) == greedy_oracle(tiny_llama, prompt_of(100), 10, ignore_eos=True)
+        assert list(result.token_ids) == greedy_oracle(tiny_llama, prompt_of(100), 10)
         timings = result.timings
         assert timings.prefill > 0
         assert timings.first_decode_step > 0
@@ -116,11 +116,11 @@ def test_short_prompts_stay_and_long_ones_beside_running_streams_move(
     assert {moved[name].service for name in PREFILL_SPANS} == {"kvrelay-prefill"}
     assert {moved[name].service for name in DECODE_SPANS} == {"kvrelay-decode"}
     for result, length in ((short, 8), (long, 2000)):
-        assert list(result.token_ids) == greedy_oracle(tiny_llama, prompt_of(length), 5, ignore_eos=True)
+        assert list(result.token_ids) == greedy_oracle(tiny_llama, prompt_of(length), 5)
 
 
 def stream(client: Client, index: int) -> FinishReason | None:
-    *_, last = client.generate(token_ids=prompt_of(4, index + 1), request_id=f"stream-{index}", **FOREVER)
+    *_, last = client.generate(token_ids=prompt_of(4, index + 2), request_id=f"stream-{index}", **FOREVER)
     return last.finish_reason
 
 
@@ -138,7 +138,7 @@ def test_decode_workers_keep_an_automatic_service_alive(tmp_path: Path, tiny_lla
                 result = client.complete(token_ids=prompt_of(1000), max_tokens=5, **GREEDY)
         finally:
             os.kill(pid, signal.SIGCONT)
-        assert list(result.token_ids) == greedy_oracle(tiny_llama, prompt_of(1000), 5, ignore_eos=True)
+        assert list(result.token_ids) == greedy_oracle(tiny_llama, prompt_of(1000), 5)
 
 
 def test_scarce_decode_blocks_are_not_reserved_while_a_long_prompt_is_computed(
@@ -159,7 +159,7 @@ def test_scarce_decode_blocks_are_not_reserved_while_a_long_prompt_is_computed(
                 assert not completion.done()
             finally:
                 os.kill(pid, signal.SIGCONT)
-            assert list(completion.result().token_ids) == greedy_oracle(tiny_llama, prompt, 5, ignore_eos=True)
+            assert list(completion.result().token_ids) == greedy_oracle(tiny_llama, prompt, 5)
         cluster.wait_whole()
 
 
