@@ -9,7 +9,7 @@ from decode_worker.frames import FrameStreams
 from decode_worker.intake import Intake, TakenOver
 from kv_transfer.links import Links
 from kv_transfer.puller import Puller
-from kvrelay import telemetry, wire
+from kvrelay import failpoints, telemetry, wire
 from kvrelay.control.registry import ShmOffer
 from kvrelay.engine.events import Admitted, Event, Failed, Finished, Sampled, StepOutput
 from kvrelay.engine.sequence import Role
@@ -60,6 +60,7 @@ class DecodeWorker(worker_pb2_grpc.DecodeServiceServicer):
 
     async def Decode(self, request: worker_pb2.DecodeRequest, context: Any) -> worker_pb2.DecodeResponse:
         self.frames.check(request.gateway_id)
+        await failpoints.reach("decode.received")
         call = _DecodeCall(self, request)
         sequence = EngineSequence(call.request, Role.DECODE, arrival=call.arrival, deadline=deadline_of(context))
         await self.engine.submit(sequence, call.on_event)
@@ -100,6 +101,7 @@ class _DecodeCall:
             await self._finished  # failed, before it had blocks
         admitted, reserved_at = self._admitted.result()
         self._trace(SpanName.DECODE_QUEUE, self.arrival, reserved_at, {})
+        await failpoints.reach("decode.reserved")
         taken = await self._worker.intake.take_over(self._call.ticket, admitted, self._call.sequence.traceparent)
         try:
             finished = await self._finished

@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 ENVIRONMENT_PREFIX = "KVRELAY_"
-NOT_SETTINGS = {"KVRELAY_TARGET", "KVRELAY_CONFIG"}
+NOT_SETTINGS = {"KVRELAY_TARGET", "KVRELAY_CONFIG", "KVRELAY_FAILPOINTS"}
 DEMO_MODEL = "demo"
 
 
@@ -96,6 +96,9 @@ class WorkerSettings:
 
     worker_id: str = setting("", "unique name; empty makes one from role, host name and process id")
     worker_port: int = setting(0, "port to listen on; 0 takes a free one", minimum=0, maximum=65535)
+    advertise_port: int = setting(
+        0, "port under which others reach this worker; 0 means the one it listens on", minimum=0, maximum=65535
+    )
     drain_seconds: float = setting(30.0, "how long running requests may take to finish after SIGTERM", minimum=0)
 
 

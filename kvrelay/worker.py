@@ -101,7 +101,7 @@ async def run_worker(
         await directory.start()
         cleanup.push_async_callback(directory.stop)
         registration = Registration(redis, cluster_key, worker.load)
-        worker.register_at(port)
+        worker.register_at(settings.worker.advertise_port or port)
         worker.epoch = await registration.start(worker.record(path.resolve().name))
         cleanup.push_async_callback(registration.withdraw)
         runner.cache.write_header(worker.epoch)
