@@ -1,4 +1,4 @@
-"""Random handovers: time passes, leases run out, somebody aborts, bytes flip, answers get lost, the prefill worker starts
+"""Random handovers: time passes, leases end, somebody aborts, bytes flip, answers get lost, the prefill worker starts
 anew, an old ticket comes again; and everybody gets their own tokens, and both pools are whole in the end."""
 
 from random import Random
