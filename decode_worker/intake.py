@@ -30,20 +30,30 @@ class TakenOver:
 
 
 class Intake:
-    """Pulls KV caches for sequences in transfer and tells the engine what came of it."""
+    """Pulls KV caches for sequences in transfer and tells the engine what came of it.
 
-    def __init__(self, engine: AsyncEngine, puller: Puller) -> None:
+    Args:
+        block_size: tokens in a block.
+        max_recomputed_tokens: what a transfer that failed may leave to compute here, beside the running streams.
+    """
+
+    def __init__(self, engine: AsyncEngine, puller: Puller, block_size: int, max_recomputed_tokens: int) -> None:
         self._engine = engine
         self._puller = puller
+        self._block_size = block_size
+        self._max_recomputed_tokens = max_recomputed_tokens
         self._recomputed = telemetry.meter().create_counter(Metric.RECOMPUTED)
 
     async def take_over(self, ticket: bytes, admitted: Admitted, traceparent: str) -> TakenOver:
-        """Fills the sequence's blocks. A transfer that fails costs time, never the request: it is computed here.
+        """Fills the sequence's blocks. A transfer that fails costs time, never the request: it is computed again.
+
+        What is left to compute is computed here if it is short, else elsewhere, lest it delays the running streams.
 
         When it ends, however it does, nothing writes to the sequence's blocks any more.
 
         Raises:
-            FailedPrecondition: the prefill worker has ended the request; reason HANDOVER_ENDED.
+            FailedPrecondition: the prefill worker has ended the request, reason HANDOVER_ENDED; or the KV cache is to
+                be computed elsewhere, reason TRANSFER_FAILED.
         """
         started = time.monotonic()
         request_id = admitted.request_id
@@ -54,7 +64,7 @@ class Intake:
                 raise FailedPrecondition(failure.message, reason="HANDOVER_ENDED") from failure
             attributes = {Attribute.REQUEST_ID: request_id, Attribute.ERROR_REASON: failure.reason}
             telemetry.record_stage(SpanName.TRANSFER, traceparent, started, time.monotonic(), attributes)
-            return self._recompute(request_id, failure)
+            return self._recompute(admitted, failure)
         self._engine.tell(lambda scheduler: scheduler.adopt(request_id, pulled.first_token_id))
         await failpoints.reach("decode.adopted")
         telemetry.record_stage(
@@ -62,9 +72,14 @@ class Intake:
         )
         return TakenOver(at=pulled.whole_at, transfer=max(0.0, pulled.whole_at - pulled.complete_at))
 
-    def _recompute(self, request_id: str, failure: TransferFailed) -> TakenOver:
-        log.warning("transfer for request %s failed, computing it here: %s", request_id, failure.message)
+    def _recompute(self, admitted: Admitted, failure: TransferFailed) -> TakenOver:
+        request_id = admitted.request_id
+        log.warning("transfer for request %s failed, computing it again: %s", request_id, failure.message)
         self._recomputed.add(1, {Attribute.ERROR_REASON: failure.reason})
+        num_tokens = (len(admitted.block_ids) - failure.verified_blocks) * self._block_size
+        if num_tokens > self._max_recomputed_tokens:
+            message = "the KV cache did not arrive whole; the request can go on from its tokens"
+            raise FailedPrecondition(message, reason="TRANSFER_FAILED", metadata={"cause": failure.reason})
         self._engine.tell(lambda scheduler: scheduler.recompute(request_id, failure.verified_blocks))
         return TakenOver(at=time.monotonic(), transfer=0.0)
 

@@ -9,16 +9,19 @@ from decode_worker.frames import FrameStreams
 from decode_worker.intake import Intake, TakenOver
 from kv_transfer.links import Links
 from kv_transfer.puller import Puller
+from kv_transfer.shm import offer_pool
+from kv_transfer.source import HandoverSource
 from kvrelay import failpoints, telemetry, wire
 from kvrelay.control.registry import ShmOffer
-from kvrelay.engine.events import Admitted, Event, Failed, Finished, Sampled, StepOutput
+from kvrelay.engine.events import Admitted, Event, Failed, Finished, HandedOver, Sampled, StepOutput
 from kvrelay.engine.sequence import Role
 from kvrelay.engine.sequence import Sequence as EngineSequence
-from kvrelay.request import LinkStatus
+from kvrelay.errors import Unavailable
+from kvrelay.request import LinkStatus, WorkerRole, WorkerState
 from kvrelay.rpc import Service, deadline_of
 from kvrelay.telemetry import Attribute, SpanName
-from kvrelay.v1 import worker_pb2, worker_pb2_grpc
-from kvrelay.worker import Resources
+from kvrelay.v1 import kv_pb2_grpc, worker_pb2, worker_pb2_grpc
+from kvrelay.worker import Resources, check_epoch
 
 __all__ = ["DecodeWorker"]
 
@@ -27,57 +30,92 @@ class DecodeWorker(worker_pb2_grpc.DecodeServiceServicer):
     """Serves DecodeService to gateways."""
 
     def __init__(self, resources: Resources) -> None:
-        transfer = resources.settings.transfer
+        transfer, engine = resources.settings.transfer, resources.settings.engine
         self.engine = resources.engine
         self.frames = FrameStreams()
         self.worker_id = resources.worker_id
-        cache = resources.runner.cache
-        self._links = Links(resources.directory, self.worker_id, cache, transfer.transport)
+        self._cache = resources.runner.cache
+        self.source = HandoverSource(self.worker_id, self.engine, self._cache, resources.cluster_key, transfer)
+        self._directory = resources.directory
+        self._links = Links(resources.directory, self.worker_id, self._cache, transfer.transport)
         resources.directory.on_change(self._links.follow)
-        self.intake = Intake(self.engine, Puller(self._links, cache, resources.cluster_key, transfer.checksum))
+        puller = Puller(self._links, self._cache, resources.cluster_key, transfer.checksum)
+        self.intake = Intake(self.engine, puller, engine.block_size, engine.max_batched_tokens)
         self.engine.on_step = self.frames.flush
+        self._calls: set[_DecodeCall] = set()
 
     @property
     def services(self) -> Sequence[Service]:
         add = worker_pb2_grpc.add_DecodeServiceServicer_to_server
-        return (Service("kvrelay.v1.DecodeService", add, self, work=("Decode",)),)
+        return (
+            Service("kvrelay.v1.DecodeService", add, self, work=("Decode",)),
+            Service("kvrelay.v1.KvService", kv_pb2_grpc.add_KvServiceServicer_to_server, self.source.service, work=()),
+        )
 
-    async def start(self, epoch: int) -> None:
+    def begin(self, epoch: int) -> None:
+        self.source.begin(epoch)
         self._links.epoch = epoch
         self._links.follow()
 
     async def stop(self) -> None:
+        self.source.stop()
         await self._links.close()
 
+    def leave(self) -> None:
+        """Hands the running sequences over if another decode worker can take them; else they may finish."""
+        if self._another_is_ready():
+            for call in self._calls:
+                call.leave()
+
+    async def wait_released(self) -> None:
+        await self.source.leases.wait_empty()
+
+    def _another_is_ready(self) -> bool:
+        return any(
+            entry.record.role is WorkerRole.DECODE
+            and entry.record.worker_id != self.worker_id
+            and entry.load.state is WorkerState.READY
+            for entry in self._directory.snapshot().values()
+        )
+
     def shared_memory(self) -> ShmOffer | None:
-        return None
+        return offer_pool(self._cache)
 
     def links(self) -> Sequence[LinkStatus]:
         return [LinkStatus(worker_id, transport) for worker_id, transport in self._links.status()]
 
     def lease_seconds(self, request_id: str) -> float | None:
-        return None
+        return self.source.lease_seconds(request_id)
 
     async def Decode(self, request: worker_pb2.DecodeRequest, context: Any) -> worker_pb2.DecodeResponse:
+        check_epoch(request.worker_epoch, self._links.epoch)
         self.frames.check(request.gateway_id)
         await failpoints.reach("decode.received")
         call = _DecodeCall(self, request)
         sequence = EngineSequence(call.request, Role.DECODE, arrival=call.arrival, deadline=deadline_of(context))
         await self.engine.submit(sequence, call.on_event)
+        self._calls.add(call)
         try:
             return await call.run()
         finally:
-            self.engine.abort(call.request.request_id)
+            self._calls.remove(call)
+            if not call.left:  # else its blocks are held under a lease
+                self.engine.abort(call.request.request_id)
 
     async def StreamFrames(
         self, request: worker_pb2.StreamFramesRequest, context: Any
     ) -> AsyncIterator[worker_pb2.StreamFramesResponse]:
+        check_epoch(request.worker_epoch, self._links.epoch)
         async for frame in self.frames.stream(request.gateway_id):
             yield frame
 
 
 class _DecodeCall:
-    """One Decode call: reserved, transferred, running, done."""
+    """One Decode call: reserved, transferred, running, done or handed over to another decode worker.
+
+    Attributes:
+        left: the sequence's blocks are held under a lease, for another decode worker.
+    """
 
     def __init__(self, worker: DecodeWorker, call: worker_pb2.DecodeRequest) -> None:
         self.request = wire.request_from_proto(call.sequence)
@@ -86,7 +124,8 @@ class _DecodeCall:
         self._call = call
         loop = asyncio.get_running_loop()
         self._admitted: asyncio.Future[tuple[Admitted, float]] = loop.create_future()
-        self._finished: asyncio.Future[Finished] = loop.create_future()
+        self._finished: asyncio.Future[Finished | HandedOver] = loop.create_future()
+        self.left = False
         self._first_step: tuple[float, float] | None = None
         self._num_tokens = 0
 
@@ -110,6 +149,14 @@ class _DecodeCall:
             self._trace(SpanName.DECODE, taken.at, time.monotonic(), tokens)
         return self._response(finished, reserved_at, taken)
 
+    def leave(self) -> None:
+        """Ends the call as soon as another decode worker can go on, or at once if it has not begun here."""
+        request_id = self.request.request_id
+        if self._admitted.done():
+            self._worker.engine.tell(lambda scheduler: scheduler.hand_over(request_id))
+        elif not self._finished.done():
+            self._finished.set_exception(Unavailable("the worker drains", reason="DRAINING"))
+
     def on_event(self, event: Event, step: StepOutput) -> None:
         """Called by the engine, in order."""
         match event:
@@ -120,20 +167,30 @@ class _DecodeCall:
                     self._first_step = (step.started, step.ended)
                 self._num_tokens = event.index + 1
                 self._worker.frames.add(self._call.gateway_id, self._call.handle, event.index, event.token)
+            case HandedOver() if not self._finished.done():
+                self._finished.set_result(event)
             case Finished() if not self._finished.done():
                 self._finished.set_result(event)
             case Failed() if not self._finished.done():
                 self._finished.set_exception(event.error)
 
-    def _response(self, finished: Finished, reserved_at: float, taken: TakenOver) -> worker_pb2.DecodeResponse:
+    def _response(self, end: Finished | HandedOver, reserved_at: float, taken: TakenOver) -> worker_pb2.DecodeResponse:
         step_started, step_ended = self._first_step or (taken.at, taken.at)
         return worker_pb2.DecodeResponse(
-            finish_reason=wire.finish_reason_to_proto(finished.reason),
-            completion_tokens=finished.num_completion_tokens,
+            finish_reason=wire.finish_reason_to_proto(end.reason if isinstance(end, Finished) else None),
+            ticket=b"" if isinstance(end, Finished) else self._hold(end),
+            completion_tokens=end.num_completion_tokens,
             transfer=taken.transfer,
             decode_queue=(reserved_at - self.arrival) + max(0.0, step_started - taken.at),
             first_decode_step=step_ended - step_started,
         )
+
+    def _hold(self, end: HandedOver) -> bytes:
+        """Puts the blocks under a lease; the ticket for whoever goes on."""
+        handover, ticket = self._worker.source.grant(end.request_id, end.block_ids, end.generations)
+        self.left = True
+        handover.complete(end.last_token_id, time.time())
+        return ticket
 
     def _trace(self, name: str, started: float, ended: float, more: Mapping[str, int]) -> None:
         attributes: dict[str, str | int] = {

@@ -1,6 +1,7 @@
 """One request's tokens on their way from the workers to the client: put in order, made text, written to the log."""
 
 import asyncio
+from array import array
 from collections.abc import Sequence
 
 from gateway.detokenizer import CompletionText
@@ -17,6 +18,9 @@ class Completion:
 
     The first token comes from the prefill worker and the others from the decode worker, by another way, so one may
     overtake another; and a sequence that is recomputed says again what it said before.
+
+    Attributes:
+        token_ids: written so far.
     """
 
     def __init__(self, text: CompletionText, log: ResponseLog) -> None:
@@ -25,7 +29,11 @@ class Completion:
         self._early: dict[int, Token] = {}
         self._changed = asyncio.Event()
         self._stop = asyncio.Event()
-        self.num_tokens = 0
+        self.token_ids = array("I")
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
 
     @property
     def stopped(self) -> bool:
@@ -53,6 +61,10 @@ class Completion:
         """Until a stop string is here."""
         await self._stop.wait()
 
+    def forget_early(self) -> None:
+        """Nothing comes any more to fill the gap before the tokens that came too early."""
+        self._early.clear()
+
     def finish_text(self) -> None:
         """No token follows: what was held back is written."""
         if not self.stopped:
@@ -71,7 +83,7 @@ class Completion:
     def _write(self, tokens: Sequence[Token]) -> None:
         delta = self._text.push([token.token_id for token in tokens])
         used = tokens[: delta.num_tokens_used]
-        self.num_tokens += len(used)
+        self.token_ids.extend(token.token_id for token in used)
         if delta.stopped:
             self._stop.set()
         self._log.append(delta.text, used)

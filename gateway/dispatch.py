@@ -3,9 +3,11 @@
 import asyncio
 import contextlib
 import time
+from collections.abc import Collection, Sequence
 from types import TracebackType
 
 from gateway.fleet import Connection, Fleet
+from gateway.recovery import WorkerStart
 from gateway.router import Router, WorkerView
 from kvrelay.control.membership import WorkerEntry
 from kvrelay.engine.prefix import block_digests, root_digest
@@ -22,11 +24,16 @@ class Placement:
         self.prefill = prefill
         self.decode = decode
         self._router = router
-        self._request_id = request_id
+        self.request_id = request_id
+
+    def start_of(self, worker_id: str) -> WorkerStart | None:
+        """Which start of the worker it is, if it is one of the two."""
+        starts = (self.prefill.start, self.decode.start)
+        return next((start for start in starts if start[0] == worker_id), None)
 
     def prefill_done(self) -> None:
         """The prompt has been computed."""
-        self._router.prefill_done(self._request_id)
+        self._router.prefill_done(self.request_id)
 
     def __enter__(self) -> "Placement":
         return self
@@ -34,7 +41,7 @@ class Placement:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._router.finished(self._request_id)
+        self._router.finished(self.request_id)
 
 
 class Dispatch:
@@ -55,8 +62,8 @@ class Dispatch:
         """Tokens that a request may have on every worker that is up; `otherwise` if none is."""
         return min((entry.record.model.context_length for entry in self._fleet.entries()), default=otherwise)
 
-    async def place(self, request: Request) -> Placement:
-        """Chooses the workers.
+    async def place(self, request: Request, avoided: Collection[WorkerStart] = ()) -> Placement:
+        """Chooses the workers, those to avoid only where there are no others.
 
         Raises:
             Unavailable: there is no worker of a role, and none came in time.
@@ -64,7 +71,7 @@ class Dispatch:
         until = time.monotonic() + self._wait_seconds
         while True:
             try:
-                return self._choose(request)
+                return self._choose(request, avoided)
             except Unavailable:
                 if time.monotonic() >= until:
                     raise
@@ -76,17 +83,41 @@ class Dispatch:
             async with asyncio.timeout(until - time.monotonic()):
                 await self._fleet.wait_for_change()
 
-    def _choose(self, request: Request) -> Placement:
+    def move(self, placement: Placement, request: Request) -> None:
+        """Chooses another decode worker, because this one drains.
+
+        Raises:
+            Unavailable: there is no other.
+        """
         entries = self._fleet.entries()
-        prompt = request.prompt_token_ids
-        digests: list[bytes] = []
-        if entries:
-            root = root_digest(bytes.fromhex(entries[0].record.model.model_digest), request.cache_salt)
-            digests = block_digests(root, prompt, self._block_size)
         views = [_view(entry) for entry in entries]
-        route = self._router.choose(request.request_id, len(prompt), digests, views, time.monotonic())
+        worker_id = self._router.move(
+            placement.request_id,
+            self._digests(request, entries),
+            views,
+            exclude=[placement.decode.record.worker_id],
+        )
+        placement.decode = self._fleet.connection(worker_id)
+
+    def _choose(self, request: Request, avoided: Collection[WorkerStart]) -> Placement:
+        entries = self._fleet.entries()
+        starts = {(entry.record.worker_id, entry.record.epoch) for entry in entries}
+        route = self._router.choose(
+            request.request_id,
+            len(request.token_ids),
+            self._digests(request, entries),
+            [_view(entry) for entry in entries],
+            time.monotonic(),
+            avoid=[worker_id for worker_id, _ in starts.intersection(avoided)],
+        )
         prefill, decode = self._fleet.connection(route.prefill_id), self._fleet.connection(route.decode_id)
         return Placement(self._router, request.request_id, prefill, decode)
+
+    def _digests(self, request: Request, entries: Sequence[WorkerEntry]) -> list[bytes]:
+        if not entries:
+            return []
+        root = root_digest(bytes.fromhex(entries[0].record.model.model_digest), request.cache_salt)
+        return block_digests(root, request.token_ids, self._block_size)
 
 
 def _view(entry: WorkerEntry) -> WorkerView:
@@ -100,5 +131,5 @@ def _view(entry: WorkerEntry) -> WorkerView:
         blocks_free=load.blocks_free,
         seen_at=entry.seen_at,
         epoch=record.epoch,
-        draining=load.state is WorkerState.DRAINING,
+        draining=load.state is not WorkerState.READY,
     )

@@ -14,7 +14,7 @@ from kvrelay.control.directory import WorkerDirectory
 from kvrelay.control.membership import WorkerEntry
 from kvrelay.control.registry import WorkerRecord
 from kvrelay.errors import KvrelayError, Unavailable
-from kvrelay.request import WorkerRole
+from kvrelay.request import WorkerRole, WorkerState
 from kvrelay.rpc import open_channel, translated
 from kvrelay.v1 import worker_pb2, worker_pb2_grpc
 
@@ -61,6 +61,11 @@ class Connection:
     def up(self) -> bool:
         return self._up
 
+    @property
+    def start(self) -> tuple[str, int]:
+        """Which start of which worker it leads to."""
+        return self.record.worker_id, self.record.epoch
+
     async def close(self) -> None:
         """Ends all calls."""
         self._watcher.cancel()
@@ -79,7 +84,9 @@ class Connection:
         self, sequence: worker_pb2.SequenceSpec, timeout: float | None
     ) -> AsyncIterator[AsyncIterator[worker_pb2.PrefillResponse]]:
         """A Prefill call's responses. Leaving the context frees what the worker still holds for it."""
-        call = self._prefill.Prefill(worker_pb2.PrefillRequest(sequence=sequence), timeout=timeout)
+        call = self._prefill.Prefill(
+            worker_pb2.PrefillRequest(sequence=sequence, worker_epoch=self.record.epoch), timeout=timeout
+        )
         try:
             yield self._responses(call)
         finally:
@@ -111,7 +118,13 @@ class Connection:
         handle = next(self._handles)
         lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._calls[handle] = (sink, lost)
-        request = worker_pb2.DecodeRequest(sequence=sequence, ticket=ticket, gateway_id=self._gateway_id, handle=handle)
+        request = worker_pb2.DecodeRequest(
+            sequence=sequence,
+            ticket=ticket,
+            gateway_id=self._gateway_id,
+            handle=handle,
+            worker_epoch=self.record.epoch,
+        )
         call = self._decode.Decode(request, timeout=timeout)
         answer = asyncio.create_task(_all_of_it(call, sink))
         try:
@@ -147,7 +160,7 @@ class Connection:
 
     async def _read_frames(self) -> None:
         """Keeps the stream of frames open; the connection is up while it stands."""
-        request = worker_pb2.StreamFramesRequest(gateway_id=self._gateway_id)
+        request = worker_pb2.StreamFramesRequest(gateway_id=self._gateway_id, worker_epoch=self.record.epoch)
         while True:
             try:
                 async for frame in self._decode.StreamFrames(request):
@@ -239,13 +252,18 @@ class Fleet:
 
     def _follow(self) -> None:
         snapshot = self._directory.snapshot()
+        wanted = {worker_id: entry for worker_id, entry in snapshot.items() if self._wants(entry)}
         for worker_id, connection in list(self._connections.items()):
-            if worker_id not in snapshot or snapshot[worker_id].record.epoch != connection.record.epoch:
+            if worker_id not in wanted or wanted[worker_id].record.epoch != connection.record.epoch:
                 self._let_go(worker_id)
-        for worker_id, entry in snapshot.items():
-            if worker_id not in self._connections and entry.record.model.id == self._model_id:
+        for worker_id, entry in wanted.items():
+            if worker_id not in self._connections:
                 self._connections[worker_id] = Connection(entry.record, self._gateway_id, self._notify)
         self._notify()
+
+    def _wants(self, entry: WorkerEntry) -> bool:
+        # The calls of a worker that is stuck end with its connection, and their requests go on elsewhere.
+        return entry.record.model.id == self._model_id and entry.load.state is not WorkerState.STUCK
 
     def _let_go(self, worker_id: str) -> None:
         task = asyncio.create_task(self._connections.pop(worker_id).close())

@@ -51,7 +51,8 @@ async def run_gateway(settings: Settings, cluster_key: bytes) -> int:
     async with contextlib.AsyncExitStack() as cleanup:
         redis = await connect(settings.cluster.redis)
         cleanup.push_async_callback(redis.aclose)
-        directory = WorkerDirectory(redis, cluster_key)
+        lease_seconds, interval = settings.cluster.lease_seconds, settings.cluster.heartbeat_seconds
+        directory = WorkerDirectory(redis, cluster_key, lease_seconds=lease_seconds, interval=interval)
         fleet = Fleet(directory, gateway_id, model_id)
         cleanup.push_async_callback(fleet.close)
         queue = RequestQueue(
@@ -64,9 +65,8 @@ async def run_gateway(settings: Settings, cluster_key: bytes) -> int:
         admission = Admission(queue)
         pool = TokenizerPool(tokenizer)
         cleanup.callback(pool.close)
-        relay = Relay(
-            tokenizer, pool, admission, Dispatch(fleet, settings.engine.block_size, limits.worker_wait_seconds)
-        )
+        dispatch = Dispatch(fleet, settings.engine.block_size, limits.worker_wait_seconds)
+        relay = Relay(tokenizer, pool, admission, dispatch, limits.max_failures)
         requests = Requests(ResponseHistory(limits.replay_seconds, limits.replay_requests), _pacer(limits))
         service = InferenceService(relay, requests, ClusterView(directory, fleet, admission), model_id)
         server = Server(settings.cluster.host, limits.port, [_service(service)])
@@ -76,7 +76,7 @@ async def run_gateway(settings: Settings, cluster_key: bytes) -> int:
         cleanup.push_async_callback(admission.stop)
         await directory.start()
         cleanup.push_async_callback(directory.stop)
-        registration = Registration(redis, cluster_key)
+        registration = Registration(redis, cluster_key, lease_seconds=lease_seconds, interval=interval)
         address = settings.cluster.address(port)
         await registration.start(GatewayRecord(gateway_id, address, os.getpid()))
         cleanup.push_async_callback(registration.withdraw)

@@ -1,11 +1,10 @@
-"""One request from the client's words to its last token: tokenize, queue, route, prefill, decode."""
+"""One request from the client's words to its last token: tokenize, queue, route, serve."""
 
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
-from typing import Any
 
 from opentelemetry import trace
 from opentelemetry.context import Context
@@ -13,29 +12,42 @@ from opentelemetry.context import Context
 from gateway.admission import Admission
 from gateway.completion import Completion
 from gateway.detokenizer import CompletionText
-from gateway.dispatch import Dispatch, Placement
+from gateway.dispatch import Dispatch
+from gateway.recovery import Recovery
 from gateway.requests import CancelHandle
 from gateway.response_log import ResponseLog
+from gateway.serving import Account, Serving
 from gateway.tokens import Tokenizer, TokenizerPool
 from gateway.validation import GenerateCall, resolve
-from kvrelay import telemetry, wire
+from kvrelay import telemetry
 from kvrelay.control.request_queue import Outcome, RequestState
 from kvrelay.errors import Cancelled, DeadlineExceeded, FailedPrecondition, Internal, KvrelayError
 from kvrelay.request import FinishReason, Request, Timings, Usage
 from kvrelay.telemetry import Attribute, Metric, SpanName
-from kvrelay.v1 import worker_pb2
 
 __all__ = ["Relay"]
 
 
 class Relay:
-    """Runs requests, each to its end in its own task."""
+    """Runs requests, each to its end in its own task.
 
-    def __init__(self, tokenizer: Tokenizer, pool: TokenizerPool, admission: Admission, dispatch: Dispatch) -> None:
+    Args:
+        max_failures: so many workers may fail a request; the next failure ends it.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        pool: TokenizerPool,
+        admission: Admission,
+        dispatch: Dispatch,
+        max_failures: int,
+    ) -> None:
         self.tokenizer = tokenizer
         self.pool = pool
         self.admission = admission
         self.dispatch = dispatch
+        self.max_failures = max_failures
         meter = telemetry.meter()
         self._requests = meter.create_counter(Metric.REQUESTS)
         self._completion_tokens = meter.create_counter(Metric.COMPLETION_TOKENS)
@@ -101,7 +113,7 @@ def _on_loop_clock(deadline: float | None) -> float | None:
 
 
 class _Run:
-    """The state of one request on its way."""
+    """One request on its way: into the queue, to the workers, to its end."""
 
     def __init__(
         self, relay: Relay, call: GenerateCall, log: ResponseLog, handle: CancelHandle, deadline: float | None
@@ -110,10 +122,7 @@ class _Run:
         self._call = call
         self._handle = handle
         self._deadline = deadline
-        self._arrival = time.monotonic()
-        self._timings = Timings()
-        self._num_prompt_tokens = 0
-        self._num_cached_tokens = 0
+        self._account = Account()
         text = CompletionText(relay.tokenizer.detokenizer(), call.sampling.stop)
         self._completion = Completion(text, log)
 
@@ -122,27 +131,37 @@ class _Run:
         self._completion.finish_text()
 
     def usage(self) -> Usage:
-        return Usage(self._num_prompt_tokens, self._num_cached_tokens, self._completion.num_tokens)
+        account = self._account
+        return Usage(account.num_prompt_tokens, account.num_cached_tokens, self._completion.num_tokens)
 
     def timings(self) -> Timings:
-        return replace(self._timings, total=time.monotonic() - self._arrival)
+        return replace(self._account.timings, total=time.monotonic() - self._account.arrival)
 
     async def to_the_end(self, span: trace.Span) -> FinishReason:
         """Raises: KvrelayError if it cannot be done."""
+        relay = self._relay
         request = await self._tokenize()
         async with self._place_in_queue(request):
             with self._stage(SpanName.GATEWAY_QUEUE):
-                await self._relay.admission.wait_for_turn(request.request_id)
-                placement = await self._relay.dispatch.place(request)
-            self._timings = replace(self._timings, gateway_queue=time.monotonic() - self._arrival)
-            sequence = wire.request_to_proto(request, telemetry.traceparent(span))
-            with placement:
-                return await self._serve(sequence, placement)
+                await relay.admission.wait_for_turn(request.request_id)
+                placement = await relay.dispatch.place(request)
+            self._account.left_queue()
+            serving = Serving(
+                request,
+                self._completion,
+                self._account,
+                relay.dispatch,
+                Recovery(relay.max_failures),
+                stoppable=bool(self._call.sampling.stop),
+                deadline=self._deadline,
+                span=span,
+            )
+            return await serving.to_the_end(placement)
 
     async def _tokenize(self) -> Request:
         with self._stage(SpanName.TOKENIZE):
             prompt = await self._relay.pool.encode_prompt(self._call.prompt)
-        self._num_prompt_tokens = len(prompt)
+        self._account.num_prompt_tokens = len(prompt)
         tokenizer = self._relay.tokenizer
         context_length = self._relay.dispatch.context_length(tokenizer.context_length)
         return resolve(self._call, prompt, tokenizer, min(tokenizer.context_length, context_length))
@@ -166,91 +185,10 @@ class _Run:
         finally:
             admission.leave(request.request_id, outcome)
 
-    async def _serve(self, sequence: worker_pb2.SequenceSpec, placement: Placement) -> FinishReason:
-        """Prefill and decode overlap: the decode worker is told as soon as the ticket is there."""
-        async with placement.prefill.prefill(sequence, self._remaining()) as responses:
-            first_response = await anext(responses)
-            if first_response.HasField("first_token"):
-                return self._take_first_token(first_response.first_token, placement) or FinishReason.LENGTH
-            ticket = first_response.admitted.ticket
-            decoding = asyncio.create_task(self._decode(sequence, ticket, placement))
-            try:
-                return await self._follow(responses, decoding, placement)
-            finally:
-                decoding.cancel()
-                await asyncio.wait([decoding])
-
-    async def _follow(
-        self,
-        responses: AsyncIterator[worker_pb2.PrefillResponse],
-        decoding: "asyncio.Task[FinishReason]",
-        placement: Placement,
-    ) -> FinishReason:
-        prefilling = asyncio.ensure_future(anext(responses))
-        try:
-            await asyncio.wait([prefilling, decoding], return_when=asyncio.FIRST_COMPLETED)
-            if not prefilling.done():
-                _raise_unless_explained_by_prefill(decoding)
-            reason = self._take_first_token((await prefilling).first_token, placement)
-        finally:
-            prefilling.cancel()
-        return reason or await decoding
-
-    def _take_first_token(self, first: worker_pb2.FirstToken, placement: Placement) -> FinishReason | None:
-        placement.prefill_done()
-        self._timings = replace(
-            self._timings,
-            time_to_first_token=time.monotonic() - self._arrival,
-            prefill_queue=first.prefill_queue,
-            prefill=first.prefill,
-        )
-        self._num_cached_tokens = first.cached_tokens
-        self._completion.add(0, [wire.token_from_proto(first)])
-        return FinishReason.STOP if self._completion.stopped else wire.finish_reason_from_proto(first.finish_reason)
-
-    async def _decode(self, sequence: worker_pb2.SequenceSpec, ticket: bytes, placement: Placement) -> FinishReason:
-        """To the last token, or to the first stop string."""
-        decoding = placement.decode.decode(sequence, ticket, self._remaining(), self._completion)
-        response = await (self._unless_stopped(decoding) if self._call.sampling.stop else decoding)
-        if response is not None:
-            self._timings = replace(
-                self._timings,
-                transfer=response.transfer,
-                decode_queue=response.decode_queue,
-                first_decode_step=response.first_decode_step,
-            )
-        if response is None or self._completion.stopped:
-            return FinishReason.STOP
-        return wire.finish_reason_from_proto(response.finish_reason) or FinishReason.ABORT
-
-    async def _unless_stopped(
-        self, decoding: Coroutine[Any, Any, worker_pb2.DecodeResponse]
-    ) -> worker_pb2.DecodeResponse | None:
-        """The answer; None if a stop string comes first, which ends the call."""
-        answer = asyncio.create_task(decoding)
-        stopped = asyncio.create_task(self._completion.wait_for_stop())
-        try:
-            await asyncio.wait([answer, stopped], return_when=asyncio.FIRST_COMPLETED)
-            return None if self._completion.stopped else answer.result()
-        finally:
-            answer.cancel()
-            stopped.cancel()
-            await asyncio.wait([answer, stopped])
-
-    def _remaining(self) -> float | None:
-        return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
-
     @contextlib.contextmanager
     def _stage(self, name: str) -> Iterator[None]:
         with telemetry.tracer().start_as_current_span(name):
             yield
-
-
-def _raise_unless_explained_by_prefill(decoding: "asyncio.Task[FinishReason]") -> None:
-    """Raises what stopped decoding before the first token, unless it was only that the prefill worker had ended."""
-    error = decoding.exception()
-    if error is not None and not (isinstance(error, FailedPrecondition) and error.reason == "HANDOVER_ENDED"):
-        raise error
 
 
 def _cannot_replay(request_id: str, state: RequestState) -> FailedPrecondition:

@@ -3,7 +3,7 @@
 import bisect
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvrelay.errors import Unavailable
 from kvrelay.request import WorkerRole
@@ -75,7 +75,7 @@ class Router:
         digests: Sequence[bytes],
         workers: Collection[WorkerView],
         now: float,
-        exclude: Collection[str] = (),
+        avoid: Collection[str] = (),
     ) -> Route:
         """Picks a worker of each role and counts the request as theirs until `finished`.
 
@@ -84,15 +84,17 @@ class Router:
         Args:
             digests: of the prompt's full blocks, as `kvrelay.engine.prefix.block_digests` makes them.
             now: in seconds, on the clock of the views' `seen_at`.
-            exclude: ids of workers not to take, such as those that have just failed.
+            avoid: ids of workers to take only where there are no others, such as those that have just failed.
 
         Raises:
             Unavailable: there is no worker of a role; reason NO_WORKERS, and the role as metadata["stage"].
         """
         self.finished(request_id)
-        usable = [worker for worker in workers if not worker.draining and worker.worker_id not in exclude]
-        prefill, num_uncached_tokens = self._choose_prefill(num_prompt_tokens, digests, usable)
-        decode = self._choose_decode(digests, usable)
+        usable = [worker for worker in workers if not worker.draining]
+        prefill, num_uncached_tokens = self._choose_prefill(
+            num_prompt_tokens, digests, _of_role(usable, WorkerRole.PREFILL, avoid)
+        )
+        decode = self._choose_decode(digests, _of_role(usable, WorkerRole.DECODE, avoid))
         for worker in (prefill, decode):
             self._prefixes[worker.role].record(worker, digests)
         self._sent[prefill.worker_id].add(request_id, num_uncached_tokens, now)
@@ -100,6 +102,23 @@ class Router:
         route = Route(prefill.worker_id, decode.worker_id, num_uncached_tokens)
         self._routes[request_id] = route
         return route
+
+    def move(
+        self, request_id: str, digests: Sequence[bytes], workers: Collection[WorkerView], exclude: Collection[str]
+    ) -> str:
+        """Picks another decode worker for a request that has been routed; answers its id.
+
+        Raises:
+            Unavailable: there is none but those excluded; reason NO_WORKERS.
+        """
+        usable = [worker for worker in workers if not worker.draining and worker.worker_id not in exclude]
+        decode = self._choose_decode(digests, _of_role(usable, WorkerRole.DECODE))
+        self._prefixes[decode.role].record(decode, digests)
+        route = self._routes[request_id]
+        self._num_decoding[route.decode_id] -= 1
+        self._num_decoding[decode.worker_id] += 1
+        self._routes[request_id] = replace(route, decode_id=decode.worker_id)
+        return decode.worker_id
 
     def prefill_done(self, request_id: str) -> None:
         """The prompt has been computed; its tokens are queued no more."""
@@ -127,7 +146,7 @@ class Router:
             queued = worker.waiting_tokens + self._sent[worker.worker_id].since(worker.seen_at)
             return queued + num_uncached(worker), worker.running + worker.waiting, worker.worker_id
 
-        best = min(_of_role(workers, WorkerRole.PREFILL), key=cost)
+        best = min(workers, key=cost)
         return best, num_uncached(best)
 
     def _choose_decode(self, digests: Sequence[bytes], workers: Sequence[WorkerView]) -> WorkerView:
@@ -137,11 +156,13 @@ class Router:
             num_held = self._prefixes[worker.role].num_blocks(worker, digests)
             return (num_sequences + 1) / max(1, worker.blocks_free), -num_held, worker.worker_id
 
-        return min(_of_role(workers, WorkerRole.DECODE), key=cost)
+        return min(workers, key=cost)
 
 
-def _of_role(workers: Sequence[WorkerView], role: WorkerRole) -> list[WorkerView]:
+def _of_role(workers: Sequence[WorkerView], role: WorkerRole, avoid: Collection[str] = ()) -> list[WorkerView]:
+    """The workers to choose from; those to avoid if there are only such."""
     found = [worker for worker in workers if worker.role == role]
+    found = [worker for worker in found if worker.worker_id not in avoid] or found
     if not found:
         raise Unavailable(
             f"no {role} worker can take the request",

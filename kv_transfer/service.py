@@ -27,7 +27,7 @@ MAX_RUN_BYTES = 4 << 20
 
 
 class Leases(Protocol):
-    """What the service needs of `prefill_worker.leases.LeaseTable`, which says what the methods mean."""
+    """What the service needs of `kv_transfer.leases.LeaseTable`, which says what the methods mean."""
 
     @property
     def worker_id(self) -> str: ...

@@ -13,6 +13,7 @@ from kvrelay.client import Client
 from kvrelay.client.connection_errors import readable_connection_errors
 from kvrelay.errors import KvrelayError
 from kvrelay.request import Chunk, ClusterStatus, HeldBlocks, Timings
+from kvrelay.restart import restart_workers
 
 __all__ = ["add_to"]
 
@@ -29,6 +30,9 @@ def add_to(subparsers: Any) -> None:
     _add_sampling(chat)
     _add(subparsers, "status", "workers, gateways and the queue", _status)
     _add(subparsers, "blocks", "every KV block that is held, by whom and why", _blocks)
+    restart = _add(subparsers, "restart", "restart the workers of a cluster on this machine", _restart)
+    restart.add_argument("--rolling", action="store_true", help="one after the other, so that no request is lost")
+    restart.add_argument("--patience", type=float, default=120.0, metavar="SECONDS", help="for one worker")
     bench.add_to(subparsers)
     doctor = _add(subparsers, "doctor", "check this machine, and a cluster if one is running", _doctor)
     doctor.add_argument("--model", default="demo", help="checkpoint to check (default: %(default)s)")
@@ -177,6 +181,15 @@ def _print_status(status: ClusterStatus) -> None:
         print(f"gateway {gateway.id} at {gateway.address}, pid {gateway.pid}")
     queue = status.queue
     print(f"queue: {queue.waiting} waiting, {queue.running} running, room for {queue.capacity}")
+
+
+def _restart(arguments: argparse.Namespace) -> int:
+    def report(line: str) -> None:
+        print(json.dumps({"event": line}) if arguments.json else line, flush=True)
+
+    with _connected(arguments, timeout=10.0) as client:
+        restart_workers(client, rolling=arguments.rolling, patience=arguments.patience, report=report)
+    return 0
 
 
 def _blocks(arguments: argparse.Namespace) -> int:

@@ -62,9 +62,22 @@ class ClusterSettings:
         "", "name under which others reach this process; empty means the host, or for 0.0.0.0 the machine's name"
     )
     insecure_bind: bool = setting(False, "listen on other addresses than loopback although nothing authenticates")
+    detection_seconds: float = setting(
+        2.0, "a worker that is silent for so long is taken for lost, and its requests go on elsewhere", minimum=0.5
+    )
     log_level: str = setting("info", "least severity that is logged", choices=("debug", "info", "warning", "error"))
     prefill: int = setting(1, "number of prefill workers that `up` starts", minimum=1)
     decode: int = setting(1, "number of decode workers that `up` starts", minimum=1)
+
+    @property
+    def heartbeat_seconds(self) -> float:
+        """Between two signs of life, and between two looks for those of others."""
+        return self.detection_seconds / 8
+
+    @property
+    def lease_seconds(self) -> float:
+        """How long a sign of life counts; the look that finds it missing comes within `detection_seconds`."""
+        return self.detection_seconds * 3 / 4
 
     def address(self, port: int) -> str:
         """Where others reach this process."""
@@ -81,6 +94,9 @@ class GatewaySettings:
     max_running: int = setting(256, "requests on the workers at once; the others queue", minimum=1)
     max_waiting: int = setting(1024, "requests that may queue; more are refused", minimum=0)
     worker_wait_seconds: float = setting(30.0, "how long a request waits for a worker when there is none", minimum=0)
+    max_failures: int = setting(
+        4, "so many workers may fail a request, which goes on elsewhere each time; the next failure ends it", minimum=0
+    )
     responses_per_second: float = setting(
         0.0,
         "responses sent over all streams before tokens travel together; 0 means 160 for each CPU core, inf no limit",
@@ -98,6 +114,9 @@ class WorkerSettings:
     worker_port: int = setting(0, "port to listen on; 0 takes a free one", minimum=0, maximum=65535)
     advertise_port: int = setting(
         0, "port under which others reach this worker; 0 means the one it listens on", minimum=0, maximum=65535
+    )
+    stuck_seconds: float = setting(
+        20.0, "a worker whose engine takes longer for one step is not ready; 0 allows any time", minimum=0
     )
     drain_seconds: float = setting(30.0, "how long running requests may take to finish after SIGTERM", minimum=0)
 

@@ -76,12 +76,23 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One request as the workers see it. Immutable from the gateway to the last token."""
+    """One request as the workers see it. Immutable from the gateway to the last token.
+
+    Attributes:
+        request_id: unique on a worker, so that a request that goes on elsewhere has another there.
+        completion_token_ids: tokens that it got from other workers before, which this one goes on from.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: Sampling
     cache_salt: str = ""
+    completion_token_ids: tuple[int, ...] = ()
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """All tokens that are known: the prompt, and of the completion what there is."""
+        return self.prompt_token_ids + self.completion_token_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,11 +175,15 @@ class WorkerRole(enum.StrEnum):
 
 
 class WorkerState(enum.StrEnum):
-    """UNREACHABLE is registered but does not answer; UNSPECIFIED also stands for what this version does not know."""
+    """UNREACHABLE is registered but does not answer; STUCK is in one step for too long.
+
+    UNSPECIFIED also stands for what this version does not know.
+    """
 
     UNSPECIFIED = "unspecified"
     READY = "ready"
     DRAINING = "draining"
+    STUCK = "stuck"
     UNREACHABLE = "unreachable"
 
 

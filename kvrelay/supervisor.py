@@ -204,6 +204,10 @@ class Supervisor:
                 other.signal(signal.SIGKILL)  # rather than let it read a large model to its end
             raise ConfigurationError(child.last_words())
         if child.restart_at <= child.started_at:
+            if child.exit_code == 0:  # somebody asked it to drain
+                child.restart_at = now
+                self._report(f"{child.name} has drained and starts anew")
+                return
             child.restart_at = now + child.backoff
             self._report(f"{child.name} ended ({_cause(child.exit_code)}); again in {child.backoff:.1f} s")
             child.backoff = min(2 * child.backoff, LAST_BACKOFF_SECONDS)

@@ -17,6 +17,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 __all__ = [
     "Attribute",
+    "EventName",
     "Metric",
     "SpanName",
     "configure",
@@ -40,6 +41,13 @@ class SpanName:
     TRANSFER = "kvrelay.transfer"
     DECODE_QUEUE = "kvrelay.decode_queue"
     DECODE = "kvrelay.decode"
+
+
+class EventName:
+    """What may happen to a request on its way, as events of its span."""
+
+    RECOVERED = "kvrelay.recovered"  # a worker failed it, and it goes on elsewhere
+    MOVED = "kvrelay.moved"  # a decode worker drained, and handed it over
 
 
 class Attribute:
@@ -67,6 +75,7 @@ class Metric:
     TRANSFER_BYTES = "kvrelay.transfer.bytes"  # By
     CHECKSUM_MISMATCHES = "kvrelay.transfer.checksum_mismatches"
     RECOMPUTED = "kvrelay.recomputed_sequences"
+    RECOVERIES = "kvrelay.recoveries"  # by reason
     EXPIRED_LEASES = "kvrelay.expired_leases"
 
 

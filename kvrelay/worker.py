@@ -22,12 +22,13 @@ from kvrelay.engine.checkpoint import check_checkpoint, resolve_checkpoint
 from kvrelay.engine.engine import Engine
 from kvrelay.engine.runner import ModelRunner
 from kvrelay.engine.scheduler import Limits, Scheduler
+from kvrelay.errors import FailedPrecondition, Unavailable
 from kvrelay.lifetime import StopRequest, settle
 from kvrelay.request import HeldBlocks, LinkStatus, WorkerRole, WorkerState, WorkerStatus
 from kvrelay.rpc import Server, Service
 from kvrelay.v1 import worker_pb2, worker_pb2_grpc
 
-__all__ = ["Part", "Resources", "run_worker"]
+__all__ = ["Part", "Resources", "check_epoch", "run_worker"]
 
 log = logging.getLogger(__name__)
 
@@ -54,11 +55,20 @@ class Part(Protocol):
     def services(self) -> Sequence[Service]:
         """Its gRPC services."""
 
-    async def start(self, epoch: int) -> None:
-        """The worker is registered, under this epoch; calls come from now on."""
+    def begin(self, epoch: int) -> None:
+        """The worker is registered, under this epoch; calls come from now on.
+
+        Begins again, under a higher epoch, when the worker was taken for lost; no call of the former one is left.
+        """
 
     async def stop(self) -> None:
         """No call is left."""
+
+    def leave(self) -> None:
+        """The worker drains: calls in progress are to end soon, and no new ones come."""
+
+    async def wait_released(self) -> None:
+        """Until nothing is held for other workers."""
 
     def shared_memory(self) -> ShmOffer | None:
         """How other processes of this host reach the KV pool, if they are to."""
@@ -86,8 +96,9 @@ async def run_worker(
     runner = await asyncio.to_thread(ModelRunner.load, path, settings.engine)
     log.info("loaded %s in %.1f s", path, time.monotonic() - started)
     log.info("contexts of up to %d tokens; %s", runner.context_length, runner.spec.context_limit)
-    engine = AsyncEngine(Engine(_scheduler(runner, settings), runner))
-    directory = WorkerDirectory(redis, cluster_key)
+    engine = AsyncEngine(Engine(_scheduler(role, runner, settings), runner))
+    lease_seconds, interval = settings.cluster.lease_seconds, settings.cluster.heartbeat_seconds
+    directory = WorkerDirectory(redis, cluster_key, lease_seconds=lease_seconds, interval=interval)
     worker_id = settings.worker.worker_id or f"{role.value}-{socket.gethostname()}-{os.getpid()}"
     part = build(Resources(worker_id, settings, cluster_key, engine, runner, directory))
     worker = _Worker(worker_id, role, settings, runner, engine, part)
@@ -100,32 +111,53 @@ async def run_worker(
         cleanup.callback(engine.stop)
         await directory.start()
         cleanup.push_async_callback(directory.stop)
-        registration = Registration(redis, cluster_key, worker.load)
+        registration = Registration(
+            redis,
+            cluster_key,
+            worker.load,
+            on_lapse=lambda: server.end_calls(_taken_for_lost()),
+            on_new_epoch=worker.begin,
+            lease_seconds=lease_seconds,
+            interval=interval,
+        )
         worker.register_at(settings.worker.advertise_port or port)
-        worker.epoch = await registration.start(worker.record(path.resolve().name))
+        worker.begin(await registration.start(worker.record(path.resolve().name)))
         cleanup.push_async_callback(registration.withdraw)
-        runner.cache.write_header(worker.epoch)
-        await part.start(worker.epoch)
         cleanup.push_async_callback(part.stop)
         settle()
         await server.set_serving(True)
         log.info("%s serves at %s, epoch %d", worker_id, worker.address, worker.epoch)
-        await _until_stopped(stopping, engine)
+        await _until_stopped(stopping, engine, worker, server)
         worker.state = WorkerState.DRAINING
         with contextlib.suppress(Exception):
             await registration.heartbeat(worker.load())
             await asyncio.sleep(ANNOUNCE_SECONDS)
-        await server.drain(settings.worker.drain_seconds if engine.alive else 0.0)
+        part.leave()
+        await server.drain(settings.worker.drain_seconds if engine.alive else 0.0, until=part.wait_released)
     return 0 if stopping.is_set() else 1
 
 
-async def _until_stopped(stopping: asyncio.Event, engine: AsyncEngine) -> None:
+async def _until_stopped(stopping: asyncio.Event, engine: AsyncEngine, worker: "_Worker", server: Server) -> None:
+    """Also follows the engine: a worker that is stuck in a step is not ready, and takes no new requests."""
     while engine.alive and not stopping.is_set():
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(stopping.wait(), timeout=0.5)
+            await asyncio.wait_for(stopping.wait(), timeout=0.25)
+        if worker.follow_engine():
+            log.warning("%s is %s", worker.worker_id, worker.state.value)
+            await server.set_serving(worker.state is WorkerState.READY)
 
 
-def _scheduler(runner: ModelRunner, settings: Settings) -> Scheduler:
+def check_epoch(meant: int, own: int) -> None:
+    """Raises: FailedPrecondition, reason STALE_EPOCH, for a call that is meant for another start of this worker."""
+    if meant != own:
+        raise FailedPrecondition("another start of this worker is meant", reason="STALE_EPOCH")
+
+
+def _taken_for_lost() -> Unavailable:
+    return Unavailable("this worker was silent for too long, and begins anew", reason="FENCED")
+
+
+def _scheduler(role: WorkerRole, runner: ModelRunner, settings: Settings) -> Scheduler:
     limits = Limits(
         max_num_sequences=settings.engine.max_num_sequences,
         max_batched_tokens=settings.engine.max_batched_tokens,
@@ -133,6 +165,7 @@ def _scheduler(runner: ModelRunner, settings: Settings) -> Scheduler:
         block_size=runner.layout.block_size,
         model_digest=runner.layout.model_digest,
         prefix_caching=settings.engine.prefix_caching,
+        evicts=role is WorkerRole.DECODE,
     )
     return Scheduler(BlockPool(runner.num_blocks), limits)
 
@@ -152,7 +185,7 @@ class _Worker(worker_pb2_grpc.WorkerServiceServicer):
         self.state = WorkerState.READY
         self.address = ""
         self.epoch = 0
-        self._worker_id = worker_id
+        self.worker_id = worker_id
         self._role = role
         self._settings = settings
         self._runner = runner
@@ -163,13 +196,27 @@ class _Worker(worker_pb2_grpc.WorkerServiceServicer):
         add = worker_pb2_grpc.add_WorkerServiceServicer_to_server
         return Service("kvrelay.v1.WorkerService", add, self, work=())
 
+    def begin(self, epoch: int) -> None:
+        """The worker is registered under this epoch."""
+        self.epoch = epoch
+        self._runner.cache.write_header(epoch)
+        self._part.begin(epoch)
+
+    def follow_engine(self) -> bool:
+        """Whether the engine got stuck in a step, or went on, since the last call."""
+        limit = self._settings.worker.stuck_seconds
+        stuck = bool(limit) and self._engine.step_seconds() > limit
+        state = WorkerState.STUCK if stuck else WorkerState.READY
+        changed, self.state = state is not self.state, state
+        return changed
+
     def register_at(self, port: int) -> None:
         self.address = self._settings.cluster.address(port)
 
     def record(self, model_name: str) -> WorkerRecord:
         runner = self._runner
         return WorkerRecord(
-            worker_id=self._worker_id,
+            worker_id=self.worker_id,
             role=self._role,
             address=self.address,
             pid=os.getpid(),
@@ -199,7 +246,7 @@ class _Worker(worker_pb2_grpc.WorkerServiceServicer):
     async def GetStatus(self, request: worker_pb2.GetStatusRequest, context: Any) -> worker_pb2.GetStatusResponse:
         load, held = await self._engine.ask(lambda scheduler: (scheduler.load(), scheduler.held()))
         status = WorkerStatus(
-            id=self._worker_id,
+            id=self.worker_id,
             role=self._role,
             pid=os.getpid(),
             address=self.address,
@@ -217,7 +264,7 @@ class _Worker(worker_pb2_grpc.WorkerServiceServicer):
         now = time.monotonic()
         blocks = [
             HeldBlocks(
-                worker_id=self._worker_id,
+                worker_id=self.worker_id,
                 request_id=entry.request_id,
                 state=entry.state,
                 block_ids=entry.block_ids,

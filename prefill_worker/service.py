@@ -6,9 +6,8 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from kv_transfer.handover import EndReason, Handover
-from kv_transfer.service import KvService
 from kv_transfer.shm import offer_pool
-from kv_transfer.tickets import sign_ticket
+from kv_transfer.source import HandoverSource
 from kvrelay import failpoints, telemetry, wire
 from kvrelay.control.registry import ShmOffer
 from kvrelay.engine.events import Admitted, Event, Failed, Finished, Progress, Sampled, StepOutput
@@ -19,42 +18,41 @@ from kvrelay.request import LinkStatus
 from kvrelay.rpc import Service, deadline_of
 from kvrelay.telemetry import Attribute, SpanName
 from kvrelay.v1 import kv_pb2_grpc, worker_pb2, worker_pb2_grpc
-from kvrelay.worker import Resources
-from prefill_worker.leases import LeaseTable
+from kvrelay.worker import Resources, check_epoch
 
 __all__ = ["PrefillWorker"]
-
-LEASE_CHECK_SECONDS = 0.5
 
 
 class PrefillWorker(worker_pb2_grpc.PrefillServiceServicer):
     """Serves PrefillService to gateways and KvService to decode workers."""
 
     def __init__(self, resources: Resources) -> None:
-        transfer = resources.settings.transfer
         self.engine = resources.engine
-        self.cluster_key = resources.cluster_key
         self.block_size = resources.runner.layout.block_size
         self.worker_id = resources.worker_id
-        self.leases = LeaseTable(self.worker_id, transfer.lease_seconds, self.engine.generation, self._free)
         self._cache = resources.runner.cache
-        self._kv_service = KvService(self.leases, self._cache, self.cluster_key, transfer.checksum)
-        self._expiry: asyncio.Task[None] | None = None
+        self.source = HandoverSource(
+            self.worker_id, self.engine, self._cache, resources.cluster_key, resources.settings.transfer
+        )
 
     @property
     def services(self) -> Sequence[Service]:
         return (
             Service("kvrelay.v1.PrefillService", worker_pb2_grpc.add_PrefillServiceServicer_to_server, self),
-            Service("kvrelay.v1.KvService", kv_pb2_grpc.add_KvServiceServicer_to_server, self._kv_service, work=()),
+            Service("kvrelay.v1.KvService", kv_pb2_grpc.add_KvServiceServicer_to_server, self.source.service, work=()),
         )
 
-    async def start(self, epoch: int) -> None:
-        self.leases.epoch = epoch
-        self._expiry = asyncio.create_task(self._expire_leases(), name="lease expiry")
+    def begin(self, epoch: int) -> None:
+        self.source.begin(epoch)
 
     async def stop(self) -> None:
-        if self._expiry is not None:
-            self._expiry.cancel()
+        self.source.stop()
+
+    def leave(self) -> None:
+        """The calls in progress end with their handovers, by themselves."""
+
+    async def wait_released(self) -> None:
+        await self.source.leases.wait_empty()
 
     def shared_memory(self) -> ShmOffer | None:
         return offer_pool(self._cache)
@@ -63,11 +61,12 @@ class PrefillWorker(worker_pb2_grpc.PrefillServiceServicer):
         return ()
 
     def lease_seconds(self, request_id: str) -> float | None:
-        return self.leases.lease_seconds(request_id, time.time())
+        return self.source.lease_seconds(request_id)
 
     async def Prefill(
         self, request: worker_pb2.PrefillRequest, context: Any
     ) -> AsyncIterator[worker_pb2.PrefillResponse]:
+        check_epoch(request.worker_epoch, self.source.leases.epoch)
         call = _PrefillCall(self, request.sequence)
         sequence = EngineSequence(call.request, Role.PREFILL, arrival=call.arrival, deadline=deadline_of(context))
         await self.engine.submit(sequence, call.on_event)
@@ -75,16 +74,8 @@ class PrefillWorker(worker_pb2_grpc.PrefillServiceServicer):
             async for response in call.responses():
                 yield response
         finally:
-            self.leases.end(call.request.request_id, EndReason.ABORTED)
+            self.source.leases.end(call.request.request_id, EndReason.ABORTED)
             self.engine.abort(call.request.request_id)
-
-    def _free(self, request_id: str) -> None:
-        self.engine.tell(lambda scheduler: scheduler.release(request_id))
-
-    async def _expire_leases(self) -> None:
-        while True:
-            await asyncio.sleep(LEASE_CHECK_SECONDS)
-            self.leases.expire(time.time())
 
 
 class _PrefillCall:
@@ -129,21 +120,18 @@ class _PrefillCall:
             case Finished():
                 self._outbox.put_nowait(None)
             case Failed():
-                self._worker.leases.end(event.request_id, EndReason.FAILED)
+                self._worker.source.leases.end(event.request_id, EndReason.FAILED)
                 self._outbox.put_nowait(event.error)
 
     def _admit(self, event: Admitted, step: StepOutput) -> None:
         self._admitted_at = step.started
         self._cached_tokens = event.num_cached_blocks * self._worker.block_size
         self._trace(SpanName.PREFILL_QUEUE, self.arrival, step.started)
-        if self.request.sampling.max_tokens == 1:
+        if len(self.request.completion_token_ids) + 1 == self.request.sampling.max_tokens:
             return  # nobody will come for the KV cache
-        self._handover, ticket = self._worker.leases.grant(
-            event.request_id, event.block_ids, event.generations, time.time()
-        )
+        self._handover, ticket = self._worker.source.grant(event.request_id, event.block_ids, event.generations)
         self._handover.advance(event.num_cached_blocks)
-        signed = sign_ticket(ticket, self._worker.cluster_key)
-        self._outbox.put_nowait(worker_pb2.PrefillResponse(admitted=worker_pb2.Admitted(ticket=signed)))
+        self._outbox.put_nowait(worker_pb2.PrefillResponse(admitted=worker_pb2.Admitted(ticket=ticket)))
 
     def _complete(self, event: Sampled, step: StepOutput) -> None:
         self._trace(SpanName.PREFILL, self._admitted_at, step.ended)
@@ -157,7 +145,7 @@ class _PrefillCall:
             prefill=step.ended - self._admitted_at,
         )
         if event.finish_reason is not None:
-            self._worker.leases.end(event.request_id, EndReason.ABORTED)
+            self._worker.source.leases.end(event.request_id, EndReason.ABORTED)
             self._handover = None
         elif self._handover is not None:
             self._handover.complete(token.token_id, time.time())

@@ -4,7 +4,8 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Awaitable, Callable
 
 from redis.asyncio import Redis
 
@@ -32,9 +33,14 @@ class Registration:
     Redis that fails is logged once and tried again for ever. A later start of the same id takes the lease away:
     `superseded` tells, and nothing is written any more.
 
+    A process that did not run for as long as its lease was taken for lost, and its work goes on elsewhere; so when it
+    runs again it begins a new epoch, and whatever it says or is told under the former one is refused.
+
     Args:
         cluster_key: the secret that all processes of the cluster share.
         load: asked at each heartbeat; None for a gateway.
+        on_lapse: awaited after the process did not run for as long as its lease; ends what it was doing.
+        on_new_epoch: called with each epoch after the first.
         lease_seconds: after this time without a heartbeat the member counts as gone.
         interval: seconds between heartbeats.
     """
@@ -47,10 +53,14 @@ class Registration:
         *,
         lease_seconds: float = LEASE_SECONDS,
         interval: float = HEARTBEAT_SECONDS,
+        on_lapse: Callable[[], Awaitable[None]] | None = None,
+        on_new_epoch: Callable[[int], None] = lambda epoch: None,
     ) -> None:
         self._cluster_key = cluster_key
         self._load = load
-        self._lease_ms = int(lease_seconds * 1000)
+        self._lease_seconds = lease_seconds
+        self._on_lapse = on_lapse
+        self._on_new_epoch = on_new_epoch
         self._interval = interval
         scripts = Scripts(redis)
         self._next_epoch = scripts.load("registry", "next_epoch")
@@ -109,8 +119,11 @@ class Registration:
 
     async def _run(self) -> None:
         while True:
+            asleep_since = time.monotonic()
             await asyncio.sleep(self._interval)
             try:
+                if time.monotonic() - asleep_since >= self._lease_seconds and self._on_lapse is not None:
+                    await self._begin_anew(self._on_lapse)
                 await self.heartbeat(self._load() if self._load else None)
             except Unavailable:
                 self._note_outage(None)
@@ -119,6 +132,16 @@ class Registration:
                 self._note_outage(error)
             else:
                 self._failing = False
+
+    async def _begin_anew(self, on_lapse: Callable[[], Awaitable[None]]) -> None:
+        if self._record is None:
+            return
+        _LOGGER.warning("%s did not run for a while; it begins a new epoch", self._record.member)
+        await on_lapse()
+        epoch = int(await self._next_epoch(self._record.member))
+        self._record = dataclasses.replace(self._record, epoch=epoch)
+        self._beat = 0
+        self._on_new_epoch(epoch)
 
     def _note_outage(self, error: Exception | None) -> None:
         if not self._failing:
@@ -132,7 +155,7 @@ class Registration:
         self._beat += 1
         lease = Lease(record, self._beat, load, withdrawn)
         text = seal_lease(lease, self._cluster_key)
-        accepted = await self._write_lease(record.member, text, self._lease_ms, record.epoch)
+        accepted = await self._write_lease(record.member, text, int(self._lease_seconds * 1000), record.epoch)
         if not accepted and not self._superseded:
             _LOGGER.error("%s: a later start has taken over; this process is out of the registry", record.member)
         self._superseded = not accepted

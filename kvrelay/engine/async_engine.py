@@ -47,6 +47,10 @@ class AsyncEngine:
     def alive(self) -> bool:
         return self._engine_loop.alive
 
+    def step_seconds(self) -> float:
+        """As `EngineLoop.step_seconds`."""
+        return self._engine_loop.step_seconds()
+
     @property
     def load(self) -> EngineLoad:
         """As it was after the last step."""

@@ -5,7 +5,18 @@ from dataclasses import dataclass
 from kvrelay.errors import KvrelayError
 from kvrelay.request import FinishReason, Token
 
-__all__ = ["Admitted", "EngineLoad", "Event", "Failed", "Finished", "HeldBlocks", "Progress", "Sampled", "StepOutput"]
+__all__ = [
+    "Admitted",
+    "EngineLoad",
+    "Event",
+    "Failed",
+    "Finished",
+    "HandedOver",
+    "HeldBlocks",
+    "Progress",
+    "Sampled",
+    "StepOutput",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +64,21 @@ class Failed:
     error: KvrelayError
 
 
-Event = Admitted | Progress | Sampled | Finished | Failed
+@dataclass(frozen=True, slots=True)
+class HandedOver:
+    """No token follows here: the blocks are held, unchanged, for a worker that goes on from the last token.
+
+    They hold the KV cache of all tokens but the last one.
+    """
+
+    request_id: str
+    block_ids: tuple[int, ...]
+    generations: tuple[int, ...]
+    last_token_id: int
+    num_completion_tokens: int
+
+
+Event = Admitted | Progress | Sampled | HandedOver | Finished | Failed
 
 
 @dataclass(frozen=True, slots=True)

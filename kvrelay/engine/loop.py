@@ -4,6 +4,7 @@ import contextlib
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -36,6 +37,7 @@ class EngineLoop:
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._stopping = False
         self._ended = False
+        self._step_began: float | None = None
         self.load = engine.scheduler.load()
 
     def start(self) -> None:
@@ -51,6 +53,11 @@ class EngineLoop:
     @property
     def alive(self) -> bool:
         return self._thread.is_alive()
+
+    def step_seconds(self) -> float:
+        """For how long the step in progress has lasted; 0 between steps. May be asked from any thread."""
+        began = self._step_began
+        return 0.0 if began is None else time.monotonic() - began
 
     def tell(self, command: Callable[[Scheduler], T]) -> "Future[T]":
         """Runs the command on the loop's thread between two steps; the future has its result or its exception.
@@ -71,7 +78,9 @@ class EngineLoop:
             idle = True
             while not self._stopping:
                 self._read_mail(wait=idle)
+                self._step_began = time.monotonic()
                 output = self._engine.step()
+                self._step_began = None
                 self._publish(output)
                 idle = output.idle
             self._publish(self._engine.finish())

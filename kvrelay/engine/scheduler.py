@@ -2,8 +2,8 @@
 
 Iteration-level scheduling after Orca (Yu et al., OSDI 2022) with chunked prefill after Sarathi-Serve (Agrawal et al.,
 OSDI 2024): each step computes one token of every decoding sequence first, then as many prompt tokens as the budget
-leaves. When blocks run out, the youngest sequence gives its own back and is recomputed later; but the blocks of a
-sequence that is to be handed over are promised to a decode worker and stay.
+leaves. When blocks run out, the youngest sequence gives its own back, and is recomputed later or goes on elsewhere; but
+the blocks of a sequence that is to be handed over are promised to a decode worker and stay.
 
 A step may be scheduled before the one before it is committed, while the device computes that one. It is then assumed
 to bring what every step brings: the KV cache of its chunks, and one token of which only the device knows which it is.
@@ -21,11 +21,28 @@ from dataclasses import dataclass
 
 from kvrelay.engine.block_pool import BlockPool
 from kvrelay.engine.deadlines import Deadlines
-from kvrelay.engine.events import Admitted, EngineLoad, Event, Failed, Finished, HeldBlocks, Progress, Sampled
+from kvrelay.engine.events import (
+    Admitted,
+    EngineLoad,
+    Event,
+    Failed,
+    Finished,
+    HandedOver,
+    HeldBlocks,
+    Progress,
+    Sampled,
+)
 from kvrelay.engine.prefix_cache import PrefixCache
 from kvrelay.engine.sequence import Chunk, Role, Sequence, SequenceState
 from kvrelay.engine.sequence_table import SequenceTable
-from kvrelay.errors import AlreadyExists, DeadlineExceeded, Internal, InvalidArgument, KvrelayError
+from kvrelay.errors import (
+    AlreadyExists,
+    DeadlineExceeded,
+    FailedPrecondition,
+    Internal,
+    InvalidArgument,
+    KvrelayError,
+)
 from kvrelay.request import FinishReason, Token
 
 __all__ = ["Limits", "Scheduler"]
@@ -40,6 +57,8 @@ class Limits:
         max_batched_tokens: tokens computed in one step.
         context_length: tokens, prompt and completion, that a sequence may have.
         model_digest: where the names of cached prefixes begin.
+        evicts: a sequence that must give its blocks back fails, reason EVICTED, for whoever sent it to continue it
+            elsewhere; else it is recomputed here, in front of everyone.
     """
 
     max_num_sequences: int
@@ -48,6 +67,7 @@ class Limits:
     block_size: int
     model_digest: bytes = b""
     prefix_caching: bool = True
+    evicts: bool = False
 
 
 class Scheduler:
@@ -111,9 +131,10 @@ class Scheduler:
         """
         if sequence.request_id in self._table.sequences:
             raise AlreadyExists(f"request {sequence.request_id} is on this worker already")
-        if not 0 < sequence.num_prompt_tokens < self.limits.context_length:
+        num_tokens = len(sequence.token_ids)
+        if not sequence.num_prompt_tokens or not num_tokens < self.limits.context_length:
             raise InvalidArgument.field(
-                "prompt", f"{sequence.num_prompt_tokens} tokens do not fit a context of {self.limits.context_length}"
+                "prompt", f"{num_tokens} tokens do not fit a context of {self.limits.context_length}"
             )
         self._table.add(sequence)
         self._deadlines.watch(sequence)
@@ -144,20 +165,28 @@ class Scheduler:
             return
         self._table.run(sequence)
         self._deadlines.watch(sequence)
-        self._prefixes.advance(sequence, sequence.num_prompt_tokens)
+        self._prefixes.advance(sequence, len(sequence.token_ids))
         reason = sequence.append(first_token_id, self.limits.context_length)
         if reason is not None:
             self._finish(sequence, reason)
+        self._hold_if_leaving(sequence)
 
     def recompute(self, request_id: str, num_valid_blocks: int) -> None:
         """The transfer failed: the sequence goes on from the blocks that are verified and computes the rest here."""
         sequence = self._table.sequences.get(request_id)
         if sequence is None or sequence.state is not SequenceState.TRANSFERRING:
             return
-        valid = min(num_valid_blocks * self.limits.block_size, sequence.num_prompt_tokens)
+        valid = min(num_valid_blocks * self.limits.block_size, len(sequence.token_ids))
         self._prefixes.advance(sequence, max(valid, sequence.num_computed_tokens))
         self._table.preempt(sequence)
         self._deadlines.watch(sequence)
+
+    def hand_over(self, request_id: str) -> None:
+        """The sequence goes on elsewhere: it stops when its KV cache lacks but its last token's, and is held."""
+        sequence = self._table.sequences.get(request_id)
+        if sequence is not None:
+            sequence.leaving = True
+            self._hold_if_leaving(sequence)
 
     def release(self, request_id: str) -> None:
         """The blocks of a held sequence are not needed any more."""
@@ -202,6 +231,7 @@ class Scheduler:
                 self._append(chunk.sequence, token)
             elif chunk.sequence.role is Role.PREFILL:
                 self._events.append(Progress(chunk.sequence.request_id, chunk.end))
+            self._hold_if_leaving(chunk.sequence)
         events, self._events = self._events, []
         return events
 
@@ -229,7 +259,7 @@ class Scheduler:
         candidates = deque(sorted(running, key=lambda s: (s.num_uncomputed_tokens > 1, s.arrival)))
         while candidates and budget > 0:
             sequence = candidates.popleft()
-            if sequence.will_end(self.limits.context_length):
+            if sequence.will_end(self.limits.context_length) or sequence.at_handover:
                 continue
             length = min(sequence.num_uncomputed_tokens, budget)
             wanted = self._blocks_for(sequence.next_position + length) - len(sequence.block_table)
@@ -246,14 +276,21 @@ class Scheduler:
             # The oldest never gives way while others can, so that all finish in the end.
             victims = (s for s in reversed((sequence, *others)) if s.role is not Role.PREFILL)
             victim = max(victims, key=lambda s: s.arrival)
-            self._table.preempt(victim)
-            self._num_preemptions += 1
+            self._give_way(victim)
             if victim is sequence:
                 return False
             others.remove(victim)
         if wanted > 0:
             sequence.block_table += self.pool.allocate(wanted)
         return True
+
+    def _give_way(self, sequence: Sequence) -> None:
+        self._num_preemptions += 1
+        if self.limits.evicts:
+            message = "the worker ran out of KV blocks; the request can go on elsewhere"
+            self.abort(sequence.request_id, FailedPrecondition(message, reason="EVICTED"))
+        else:
+            self._table.preempt(sequence)
 
     def _schedule_waiting(self, budget: int, now: float) -> list[Chunk]:
         chunks = []
@@ -301,6 +338,17 @@ class Scheduler:
             self._finish(sequence, reason)
         elif sequence.role is Role.PREFILL:
             self._table.hold(sequence)
+
+    def _hold_if_leaving(self, sequence: Sequence) -> None:
+        if sequence.at_handover and sequence.state is SequenceState.RUNNING and not sequence.in_flight:
+            self._table.hold(sequence)
+            blocks = tuple(sequence.block_table[: self._blocks_for(sequence.num_computed_tokens)])
+            generations = tuple(map(self.pool.generation, blocks))
+            self._events.append(
+                HandedOver(
+                    sequence.request_id, blocks, generations, sequence.token_ids[-1], sequence.num_completion_tokens
+                )
+            )
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         self._table.finish(sequence)

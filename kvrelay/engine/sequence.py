@@ -26,6 +26,7 @@ class SequenceState(enum.Enum):
         WAITING ──> RUNNING ──> HELD ──> FINISHED           Role.PREFILL; released, or its lease ended
         WAITING ──> TRANSFERRING ──> RUNNING ──> FINISHED   Role.DECODE; becomes WHOLE when it
                                                             is preempted or the transfer failed
+                                     RUNNING ──> HELD ──> FINISHED    it goes on elsewhere
 
     An abort leads from every state to FINISHED. From TRANSFERRING it does so only after the copy into the
     sequence's blocks has stopped, which the one who copies reports.
@@ -55,6 +56,7 @@ class Sequence:
         num_sampling_tokens: tokens after `token_ids` that steps in flight sample.
         block_table: block of slot i is `block_table[i // block_size]`. It only grows; other blocks are another list.
         slot: number of its place among the running sequences; -1 while it does not run.
+        leaving: it goes on elsewhere as soon as it has a token that another worker can go on from.
         digests: names of the full blocks that have been named or looked up, from the first on.
     """
 
@@ -69,12 +71,13 @@ class Sequence:
     num_sampling_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
     slot: int = -1
+    leaving: bool = False
     digests: list[bytes] = field(default_factory=list)
     held_since: float = 0.0
 
     def __post_init__(self) -> None:
         # The request's own until the first token is sampled, so that a waiting sequence has no copy.
-        self.token_ids = self.request.prompt_token_ids
+        self.token_ids = self.request.token_ids
 
     @property
     def request_id(self) -> str:
@@ -107,6 +110,11 @@ class Sequence:
     def in_flight(self) -> bool:
         """Whether a step in flight writes into its blocks."""
         return self.num_computing_tokens > 0
+
+    @property
+    def at_handover(self) -> bool:
+        """Whether it is leaving, and all that is known of it but the last token is computed or in flight."""
+        return self.leaving and self.num_tokens > self.num_prompt_tokens and self.num_uncomputed_tokens <= 1
 
     def will_end(self, context_length: int) -> bool:
         """Whether a token in flight is the last one, whichever it is."""

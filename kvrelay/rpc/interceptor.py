@@ -47,6 +47,7 @@ class Calls:
         """Knows for each service, by full name, the methods that a drain refuses and waits for; None means all."""
         self._work = dict(work)
         self._running: dict[asyncio.Task[Any], str] = {}
+        self._ending: dict[asyncio.Task[Any], KvrelayError] = {}
         self._refusing = False
         self.ended = False
 
@@ -74,11 +75,21 @@ class Calls:
     async def end_all(self) -> None:
         """Cancels every call; the handlers clean up, then the interceptor sends the status."""
         self.ended = True
+        await self.end_running(_draining())
+
+    async def end_running(self, error: KvrelayError) -> None:
+        """As `end_all`, for the calls in progress alone."""
         running = list(self._running)
         for task in running:
+            self._ending[task] = error
+            task.add_done_callback(lambda task: self._ending.pop(task, None))
             task.cancel()
         if running:
             await asyncio.wait(running, timeout=CLEANUP_SECONDS)
+
+    def why_ended(self, task: "asyncio.Task[Any] | None") -> KvrelayError | None:
+        """What a call was ended with, if it was."""
+        return None if task is None else self._ending.get(task)
 
 
 def _draining() -> Unavailable:
@@ -163,9 +174,9 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         await _abort(context, error)
 
     def _error_from_cancellation(self, method: str, cancelled: asyncio.CancelledError) -> KvrelayError:
-        if self._calls.ended:
-            return _draining()
         task = asyncio.current_task()
+        if (error := self._calls.why_ended(task)) is not None:
+            return error
         if task is not None and task.cancelling():
             raise cancelled  # the client left or its deadline passed
         # What the handler waited for was cancelled, not the handler; gRPC would leave the client without an answer.

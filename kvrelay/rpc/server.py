@@ -13,7 +13,7 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from kvrelay.errors import ConfigurationError
+from kvrelay.errors import ConfigurationError, KvrelayError
 from kvrelay.rpc.interceptor import Calls, Interceptor, Parser
 
 __all__ = ["MAX_REQUEST_BYTES", "Server", "Service", "deadline_of"]
@@ -114,14 +114,18 @@ class Server:
             grace: seconds; what runs longer ends with `Unavailable`, reason DRAINING.
             until: what else to wait for within the grace, such as the last lease's end.
         """
-        await self.set_serving(False)
         self._calls.refuse_work()
+        await self.set_serving(False)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace):
                 await self._calls.wait_for_work()
                 if until is not None:
                     await until()
         await self.stop()
+
+    async def end_calls(self, error: KvrelayError) -> None:
+        """Ends the calls in progress with this error, when their handlers have cleaned up; new ones may come."""
+        await self._calls.end_running(error)
 
     async def stop(self) -> None:
         """Ends all calls with `Unavailable`, reason DRAINING, and closes the port."""

@@ -132,7 +132,8 @@ class DecodeServiceServicer:
     def Decode(self, request, context):
         """Lives as long as the sequence: a cancelled call frees it, a failed one carries the reason, and the answer says
         how many tokens the frames bring. Deadline and cancellation are the call's own. FAILED_PRECONDITION with reason
-        HANDOVER_ENDED: the prefill worker gave the request up, and its own answer says why.
+        HANDOVER_ENDED: the prefill worker gave the request up, and its own answer says why. With reason EVICTED or
+        TRANSFER_FAILED: the request goes on from its tokens so far, computed again elsewhere.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -76,7 +76,8 @@ class DecodeServiceStub:
     Decode: _grpc.UnaryUnaryMultiCallable[_worker_pb2.DecodeRequest, _worker_pb2.DecodeResponse]
     """Lives as long as the sequence: a cancelled call frees it, a failed one carries the reason, and the answer says
     how many tokens the frames bring. Deadline and cancellation are the call's own. FAILED_PRECONDITION with reason
-    HANDOVER_ENDED: the prefill worker gave the request up, and its own answer says why.
+    HANDOVER_ENDED: the prefill worker gave the request up, and its own answer says why. With reason EVICTED or
+    TRANSFER_FAILED: the request goes on from its tokens so far, computed again elsewhere.
     """
     StreamFrames: _grpc.UnaryStreamMultiCallable[_worker_pb2.StreamFramesRequest, _worker_pb2.StreamFramesResponse]
     """One call per gateway: a frame per engine step, with the new tokens of all that gateway's sequences."""
@@ -89,7 +90,8 @@ class DecodeServiceAsyncStub(DecodeServiceStub):
     Decode: _aio.UnaryUnaryMultiCallable[_worker_pb2.DecodeRequest, _worker_pb2.DecodeResponse]  # type: ignore[assignment]
     """Lives as long as the sequence: a cancelled call frees it, a failed one carries the reason, and the answer says
     how many tokens the frames bring. Deadline and cancellation are the call's own. FAILED_PRECONDITION with reason
-    HANDOVER_ENDED: the prefill worker gave the request up, and its own answer says why.
+    HANDOVER_ENDED: the prefill worker gave the request up, and its own answer says why. With reason EVICTED or
+    TRANSFER_FAILED: the request goes on from its tokens so far, computed again elsewhere.
     """
     StreamFrames: _aio.UnaryStreamMultiCallable[_worker_pb2.StreamFramesRequest, _worker_pb2.StreamFramesResponse]  # type: ignore[assignment]
     """One call per gateway: a frame per engine step, with the new tokens of all that gateway's sequences."""
@@ -105,7 +107,8 @@ class DecodeServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_worker_pb2.DecodeResponse, _abc.Awaitable[_worker_pb2.DecodeResponse]]:
         """Lives as long as the sequence: a cancelled call frees it, a failed one carries the reason, and the answer says
         how many tokens the frames bring. Deadline and cancellation are the call's own. FAILED_PRECONDITION with reason
-        HANDOVER_ENDED: the prefill worker gave the request up, and its own answer says why.
+        HANDOVER_ENDED: the prefill worker gave the request up, and its own answer says why. With reason EVICTED or
+        TRANSFER_FAILED: the request goes on from its tokens so far, computed again elsewhere.
         """
 
     @_abc_1.abstractmethod

@@ -49,6 +49,7 @@ def request_to_proto(request: Request, traceparent: str = "") -> worker_pb2.Sequ
         ),
         cache_salt=request.cache_salt,
         traceparent=traceparent,
+        completion_token_ids=request.completion_token_ids,
     )
 
 
@@ -68,6 +69,7 @@ def request_from_proto(proto: worker_pb2.SequenceSpec) -> Request:
             logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
         ),
         cache_salt=proto.cache_salt,
+        completion_token_ids=tuple(proto.completion_token_ids),
     )
 
 

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import os
 import signal
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
@@ -372,6 +373,25 @@ async def test_start_without_redis(own_server: PrivateRedis) -> None:
     assert not directory.redis_available
     await directory.stop()
     await client.aclose()
+
+
+async def test_a_process_that_did_not_run_begins_a_new_epoch(redis: Redis, directory: WorkerDirectory) -> None:
+    """First it ends what it was doing, then it says that it is there again, as somebody else."""
+    told: list[object] = []
+
+    async def on_lapse() -> None:
+        told.append("lapse")
+
+    registration = Registration(
+        redis, KEY, lambda: LOAD, lease_seconds=LEASE, interval=BEAT, on_lapse=on_lapse, on_new_epoch=told.append
+    )
+    epoch = await registration.start(WORKER)
+    await asyncio.sleep(2 * BEAT)
+    assert told == []
+    time.sleep(1.5 * LEASE)  # noqa: ASYNC251  # this process does not run
+    await directory.wait_for(lambda workers: "w1" in workers and workers["w1"].record.epoch > epoch, timeout=2)
+    assert told == ["lapse", directory.snapshot()["w1"].record.epoch]
+    await registration.withdraw()
 
 
 async def test_registration_starts_once(registration: Registration) -> None:

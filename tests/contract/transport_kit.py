@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from kv_transfer.handover import Handover
+from kv_transfer.leases import LeaseTable
 from kv_transfer.links import Links
 from kv_transfer.puller import Puller
 from kv_transfer.service import KvService
@@ -21,7 +22,6 @@ from kvrelay.engine.kv_layout import KvLayout
 from kvrelay.request import WorkerRole, WorkerState
 from kvrelay.rpc import Server, Service
 from kvrelay.v1 import kv_pb2, kv_pb2_grpc
-from prefill_worker.leases import LeaseTable
 
 KEY = b"k" * 32
 EPOCH = 7

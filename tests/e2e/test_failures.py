@@ -1,5 +1,5 @@
-"""What dies or falls silent in a running cluster, and what becomes of the requests: some end with a typed error, none
-hangs, and all others go on. After each case the cluster is ready again by itself and every pool is whole."""
+"""What dies or falls silent in a running cluster, and what becomes of the requests: they go on elsewhere, with the
+tokens that they would have had. After each case the cluster is ready again by itself and every pool is whole."""
 
 import contextlib
 import itertools
@@ -139,16 +139,6 @@ def check_agree(readings: Sequence[Reading]) -> None:
     assert all(reading.token_ids == longest[: len(reading.token_ids)] for reading in readings)
 
 
-def check_lost(readings: Sequence[Reading], killed_at: float, stage: str, worker_id: str) -> None:
-    """Each ended in time, with an error that names what was lost."""
-    for reading in readings:
-        reading.wait()
-        assert isinstance(reading.error, Unavailable)
-        assert reading.error.reason == "WORKER_LOST"
-        assert reading.error.metadata == {"stage": stage, "worker": worker_id}
-        assert reading.ended_at - killed_at < NOTICE_SECONDS
-
-
 def on_worker(client: Client, worker_id: str) -> set[str]:
     """The requests that hold blocks there."""
     return {entry.request_id for entry in client.held_blocks() if entry.worker_id == worker_id}
@@ -170,11 +160,10 @@ def epochs(cluster: Cluster) -> dict[str, int]:
 
 
 def check_restarted(cluster: Cluster, worker_id: str, before: dict[str, int]) -> None:
-    """The worker is back under a higher epoch, the others are as they were, and it gets requests again."""
+    """The worker is back under a higher epoch, and it gets requests again."""
     cluster.wait_ready()
     eventually(lambda: epochs(cluster)[worker_id] > before[worker_id], START_SECONDS, f"{worker_id} has a new epoch")
     cluster.wait_ready()
-    assert {**epochs(cluster), worker_id: 0} == {**before, worker_id: 0}
     with cluster.client() as client:
         readings = [a_long_prompt(client) for _ in range(4)]
         eventually(lambda: on_worker(client, worker_id), 30, f"{worker_id} serves")
@@ -199,21 +188,10 @@ def test_a_killed_decode_worker(cluster: Cluster, client: Client) -> None:
         there = on_worker(client, "decode-0")
         with silent(pid):
             late = late_requests(client)
-            killed_at = time.monotonic()
             os.kill(pid, signal.SIGKILL)
-        eventually(lambda: any(reading.error for reading in late), NOTICE_SECONDS, "somebody is told")
         assert all(works(client) for _ in range(4))
-        for reading in (*readings, *late):
-            reading.wait()
-        victims = [reading for reading in (*readings, *late) if reading.error]
-        others = [reading for reading in (*readings, *late) if not reading.error]
-        assert {victim.request_id for victim in victims} <= there | {reading.request_id for reading in late}
-        check_lost(victims, killed_at, "decode", "decode-0")
-        check_complete(others)
-        check_agree([*victims, *others])
-        # Nothing is kept of a request that failed, so its id and body are as good as new.
-        again = Reading(client, **GREEDY, max_tokens=victims[0].max_tokens, request_id=victims[0].request_id)
-        check_complete([again, *others])
+        check_complete([*readings, *late])
+        assert there
     check_restarted(cluster, "decode-0", before)
 
 
@@ -226,16 +204,67 @@ def test_a_killed_prefill_worker(cluster: Cluster, client: Client) -> None:
         with silent(pid):
             readings += [a_long_prompt(client) for _ in range(4)]
             eventually(lambda: client.status().queue.running >= num_unfinished(readings), 30, "all prompts are sent")
-            killed_at = time.monotonic()
             os.kill(pid, signal.SIGKILL)
-        eventually(lambda: any(reading.error for reading in readings), NOTICE_SECONDS, "somebody is told")
         assert all(works(client) for _ in range(4))
         for reading in readings:
             reading.wait()
-        victims = [reading for reading in readings if reading.error]
-        check_lost(victims, killed_at, "prefill", "prefill-1")
+            assert reading.error is None
+            assert len(reading.token_ids) == reading.max_tokens
         check_complete(streams)
     check_restarted(cluster, "prefill-1", before)
+
+
+def test_a_frozen_decode_worker(cluster: Cluster, client: Client) -> None:
+    """It is taken for lost, its streams go on elsewhere, and when it thaws it begins a new epoch."""
+    before, pid = epochs(cluster), cluster.pid("decode-1")
+    with running(client, 4) as readings:
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            check_complete(readings)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+    assert cluster.pid("decode-1") == pid
+    check_restarted(cluster, "decode-1", before)
+
+
+def test_a_frozen_prefill_worker(cluster: Cluster, client: Client) -> None:
+    before, pid = epochs(cluster), cluster.pid("prefill-0")
+    readings = [a_long_prompt(client) for _ in range(4)]
+    eventually(lambda: on_worker(client, "prefill-0"), 30, "a prompt is being computed")
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        for reading in readings:
+            reading.wait()
+            assert reading.error is None
+            assert len(reading.token_ids) == reading.max_tokens
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    check_restarted(cluster, "prefill-0", before)
+
+
+def test_seeded_sampling_with_log_probabilities_and_a_stop_string_survives_a_kill(
+    cluster: Cluster, client: Client
+) -> None:
+    options: GenerateOptions = {
+        "token_ids": PROMPT,
+        "temperature": 0.9,
+        "seed": 5,
+        "logprobs": 2,
+        "max_tokens": LENGTH,
+        "ignore_eos": True,
+    }
+    expected = client.complete(**options)
+    readings = [Reading(client, **options) for _ in range(4)]
+    eventually(lambda: all(len(reading.token_ids) > 20 for reading in readings), 30, "all requests run")
+    before = epochs(cluster)
+    cluster.kill("decode-1")
+    check_complete(readings)
+    assert readings[0].token_ids == list(expected.token_ids)
+    for reading in readings:
+        entries = [entry for chunk in reading.chunks for entry in chunk.logprobs]
+        assert [entry.token_id for entry in entries] == reading.token_ids
+        assert "".join(chunk.text for chunk in reading.chunks) == expected.text
+    check_restarted(cluster, "decode-1", before)
 
 
 def test_killed_redis(cluster: Cluster, client: Client) -> None:

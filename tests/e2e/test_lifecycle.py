@@ -6,8 +6,10 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypedDict
 
@@ -18,7 +20,7 @@ from kvrelay.client import Stream
 from kvrelay.errors import KvrelayError, Unavailable
 from kvrelay.request import FinishReason, WorkerState
 from tests.e2e.cluster import START_SECONDS, STOP_SECONDS, Cluster, eventually, start_cluster
-from tests.e2e.processes import clean_environment, descendants, is_alive, silent, worker_process
+from tests.e2e.processes import clean_environment, descendants, is_alive, kvrelay, silent, worker_process
 
 LENGTH = 4000  # of a completion that runs for seconds
 
@@ -165,6 +167,62 @@ def test_a_run_directory_serves_again_after_any_end(one_and_two: Cluster, tiny_l
         assert {worker.pid for worker in cluster.status().workers}.isdisjoint(pid for _, pid in neighbours)
         assert cluster.stop() == 0
     assert [(worker.id, worker.pid) for worker in one_and_two.status().workers] == neighbours
+
+
+def test_a_drained_decode_worker_hands_its_sequences_over(one_and_two: Cluster) -> None:
+    """They end on the other worker, with the tokens that they would have had, long before the drain's time is up."""
+    with one_and_two.client() as client:
+        expected = client.complete(**GREEDY, max_tokens=LENGTH).token_ids
+        with a_running_request(client) as stream:
+            held = next(entry for entry in client.held_blocks() if entry.worker_id.startswith("decode"))
+            before = {worker.id: worker.epoch for worker in one_and_two.status().workers}
+            pid = one_and_two.kill(held.worker_id, signal.SIGTERM)
+            # The worker ends while the request runs on.
+            eventually(lambda: not is_alive(pid), STOP_SECONDS, "the worker has left")
+            assert client.status().queue.running == 1
+            chunks = list(stream)
+        assert chunks[-1].usage is not None
+        assert chunks[-1].usage.completion_tokens == LENGTH
+        token_ids = [token_id for chunk in chunks for token_id in chunk.token_ids]
+        assert token_ids == list(expected)[-len(token_ids) :]
+
+        def is_back() -> bool:
+            workers = {worker.id: worker for worker in one_and_two.status().workers}
+            return held.worker_id in workers and workers[held.worker_id].epoch > before[held.worker_id]
+
+        eventually(is_back, START_SECONDS, "the worker starts anew")
+    one_and_two.wait_ready()
+    one_and_two.wait_whole()
+
+
+def test_a_rolling_restart_costs_no_client_an_error(one_and_two: Cluster) -> None:
+    """Every worker is another process afterwards, also the only prefill worker; requests waited for it."""
+    before = {worker.id: worker.pid for worker in one_and_two.status().workers}
+    stop = threading.Event()
+
+    def ask(length: int) -> list[int]:
+        answers = []
+        with one_and_two.client() as client:
+            while not stop.is_set():
+                answers.append(len(client.complete(**GREEDY, max_tokens=length).token_ids))
+        return answers
+
+    with ThreadPoolExecutor(4) as pool:
+        asking = [pool.submit(ask, length) for length in (3, 40, 300, 3000)]
+        try:
+            result = kvrelay("restart", "--rolling", "--target", one_and_two.target, seconds=2 * START_SECONDS)
+        finally:
+            stop.set()
+        for length, answers in zip((3, 40, 300, 3000), asking, strict=True):
+            lengths = answers.result(60.0)
+            assert lengths
+            assert set(lengths) == {length}
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("is ready again") == 3
+    after = {worker.id: worker.pid for worker in one_and_two.status().workers}
+    assert after.keys() == before.keys()
+    assert not set(after.values()) & set(before.values())
+    one_and_two.wait_whole()
 
 
 def test_sigterm_drains_one_worker_and_costs_no_request(one_and_two: Cluster) -> None:

@@ -9,8 +9,6 @@ from tests.faults.schedules import Fault, Kind
 
 __all__ = ["Outcome", "allowed_errors", "faults_of"]
 
-# A worker that is lost ends its requests until they are continued elsewhere.
-LOST = frozenset({"UNAVAILABLE"})
 LOGPROB_TOLERANCE = 1e-3
 
 
@@ -42,14 +40,12 @@ def allowed_errors(fault: Fault, is_target: bool) -> frozenset[str]:
     Args:
         is_target: whether the fault is of this request alone.
     """
-    if fault.kind is Kind.DEADLINE:
-        return frozenset({"DEADLINE_EXCEEDED"}) if is_target else frozenset()
-    if fault.action == "raise":
-        return LOST | {"INTERNAL"}
+    if fault.kind is Kind.DEADLINE and is_target:
+        return frozenset({"DEADLINE_EXCEEDED"})
+    if fault.action == "raise":  # a defect, which another worker would have too
+        return frozenset({"INTERNAL"})
     if fault.target == "redis" and fault.kind is not Kind.DELAY:
         return frozenset({"UNAVAILABLE"})
-    if fault.action == "kill" or fault.kind in (Kind.CUT, Kind.REFUSE, Kind.FLIP):
-        return LOST
     return frozenset()
 
 

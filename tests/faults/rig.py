@@ -1,6 +1,6 @@
 """A cluster of real processes in which everything can go wrong.
 
-Every link runs through a proxy, every worker has a file of failpoints, and who dies is started again while others go on.
+Every link runs through a proxy, every worker has a file of failpoints; who dies is started again while others go on.
 """
 
 import asyncio

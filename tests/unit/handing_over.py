@@ -13,11 +13,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from scheduling import GARBAGE, Bench
 
 from kv_transfer.handover import EndReason, Handover
+from kv_transfer.leases import LeaseTable
 from kv_transfer.tickets import Ticket, open_ticket, sign_ticket
 from kvrelay.engine.events import Admitted, Event, Finished, Progress, Sampled
 from kvrelay.engine.sequence import Role, Sequence, SequenceState
 from kvrelay.errors import Cancelled, FailedPrecondition, KvrelayError, NotFound, PermissionDenied, Unavailable
-from prefill_worker.leases import LeaseTable
 
 KEY = b"k" * 32
 BLOCK_SIZE = 3

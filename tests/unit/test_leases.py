@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from kv_transfer.handover import EndReason
+from kv_transfer.leases import TICKET_SECONDS, LeaseTable
 from kv_transfer.tickets import Ticket
 from kvrelay.errors import AlreadyExists, FailedPrecondition, KvrelayError, NotFound, Unavailable
-from prefill_worker.leases import TICKET_SECONDS, LeaseTable
 
 EPOCH = 4
 BLOCKS = (2, 0, 5)

@@ -61,14 +61,14 @@ def test_a_cached_prefix_is_worth_its_tokens() -> None:
 def test_a_prompt_that_is_cached_whole_still_costs_a_token() -> None:
     router = Router(BLOCK_SIZE)
     router.choose("first", *prompt(64), WORKERS, now=1.0)
-    assert router.choose("second", *prompt(64), WORKERS, now=1.0, exclude={"p2"}).num_uncached_tokens == 1
+    assert router.choose("second", *prompt(64), WORKERS, now=1.0, avoid={"p2"}).num_uncached_tokens == 1
 
 
 def test_another_salt_shares_nothing() -> None:
     router = Router(BLOCK_SIZE)
     router.choose("first", *prompt(64), WORKERS, now=1.0)
     salted = block_digests(root_digest(b"model", "salt"), range(64), BLOCK_SIZE)
-    assert router.choose("second", 64, salted, WORKERS, now=1.0, exclude={"p2"}).num_uncached_tokens == 64
+    assert router.choose("second", 64, salted, WORKERS, now=1.0, avoid={"p2"}).num_uncached_tokens == 64
 
 
 def test_a_restarted_worker_has_an_empty_cache() -> None:
@@ -118,7 +118,7 @@ def test_decode_goes_where_sequences_are_few_for_the_free_blocks(workers: list[W
 def test_decode_counts_what_was_sent_but_is_not_reported_yet() -> None:
     router = Router(BLOCK_SIZE)
     for index in range(3):
-        router.choose(f"r{index}", *prompt(16, index * 100), WORKERS, now=1.0, exclude={"d2"})
+        router.choose(f"r{index}", *prompt(16, index * 100), WORKERS, now=1.0, avoid={"d2"})
     assert router.choose("r3", *prompt(16, 900), [*WORKERS[:3], decode("d2", running=2)], now=1.0).decode_id == "d2"
     router.finished("r3")
     for index in range(3):
@@ -128,33 +128,50 @@ def test_decode_counts_what_was_sent_but_is_not_reported_yet() -> None:
 
 def test_among_equal_decode_workers_the_prefix_decides() -> None:
     router = Router(BLOCK_SIZE)
-    router.choose("r1", *prompt(64), WORKERS, now=1.0, exclude={"d1"})
+    router.choose("r1", *prompt(64), WORKERS, now=1.0, avoid={"d1"})
     router.finished("r1")
     assert router.choose("r2", *prompt(64), WORKERS, now=1.0).decode_id == "d2"
     assert router.choose("r3", *prompt(64, 5000), WORKERS, now=1.0).decode_id == "d1"
 
 
-def test_draining_and_excluded_workers_are_passed_over() -> None:
+def test_draining_and_avoided_workers_are_passed_over() -> None:
     router = Router(BLOCK_SIZE)
     draining = [replace(WORKERS[0], draining=True), *WORKERS[1:]]
-    route = router.choose("r", *prompt(64), draining, now=1.0, exclude={"d1"})
+    route = router.choose("r", *prompt(64), draining, now=1.0, avoid={"d1"})
     assert (route.prefill_id, route.decode_id) == ("p2", "d2")
 
 
 @pytest.mark.parametrize(("missing", "stage"), [({"p1", "p2"}, "prefill"), ({"d1", "d2"}, "decode")])
 def test_without_workers_of_a_role_nothing_is_chosen(missing: set[str], stage: str) -> None:
     router = Router(BLOCK_SIZE)
+    others = [worker for worker in WORKERS if worker.worker_id not in missing]
     with pytest.raises(Unavailable) as caught:
-        router.choose("r", *prompt(64), WORKERS, now=1.0, exclude=missing)
+        router.choose("r", *prompt(64), others, now=1.0)
     assert (caught.value.reason, caught.value.metadata) == ("NO_WORKERS", {"stage": stage})
     route = router.choose("r", *prompt(64), WORKERS, now=1.0)
     assert (route.prefill_id, route.decode_id, route.num_uncached_tokens) == ("p1", "d1", 64)
 
 
+def test_who_failed_is_better_than_nobody() -> None:
+    route = Router(BLOCK_SIZE).choose("r", *prompt(64), WORKERS, now=1.0, avoid={"p1", "p2", "d1", "d2"})
+    assert (route.prefill_id, route.decode_id) == ("p1", "d1")
+
+
+def test_a_move_takes_another_decode_worker_and_keeps_the_prefill_worker() -> None:
+    router = Router(BLOCK_SIZE)
+    _, digests = prompt(64)
+    router.choose("r1", 64, digests, WORKERS, now=1.0)
+    assert router.move("r1", digests, WORKERS, exclude=["d1"]) == "d2"
+    # It counts as the new worker's from then on.
+    assert router.choose("r2", *prompt(64, 5000), WORKERS, now=1.0).decode_id == "d1"
+    with pytest.raises(Unavailable):
+        router.move("r1", digests, WORKERS, exclude=["d1", "d2"])
+
+
 def test_a_request_that_is_routed_again_leaves_its_first_workers() -> None:
     router = Router(BLOCK_SIZE)
     router.choose("r1", *prompt(64), WORKERS, now=1.0)
-    route = router.choose("r1", *prompt(64), WORKERS, now=1.0, exclude={"p1", "d1"})
+    route = router.choose("r1", *prompt(64), WORKERS, now=1.0, avoid={"p1", "d1"})
     assert (route.prefill_id, route.decode_id) == ("p2", "d2")
     route = router.choose("r2", *prompt(64, 5000), WORKERS, now=1.0)
     assert (route.prefill_id, route.decode_id) == ("p1", "d1")

@@ -3,15 +3,18 @@
 import asyncio
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
+from opentelemetry import trace
 
-from gateway.relay import _Run
-from gateway.requests import CancelHandle
+from gateway.completion import Completion
+from gateway.detokenizer import CompletionText
+from gateway.recovery import Recovery
 from gateway.response_log import ResponseLog
+from gateway.serving import Account, Serving
 from kvrelay.errors import FailedPrecondition, KvrelayError, Unavailable
-from kvrelay.request import FinishReason, SamplingParams
+from kvrelay.request import FinishReason, Request, Sampling
 from kvrelay.v1 import inference_pb2, worker_pb2
 
 TIME_LIMIT = 5
@@ -38,15 +41,20 @@ async def follow(prefill_says: asyncio.Event, decode_fails_with: KvrelayError) -
     async def decode() -> FinishReason:
         raise decode_fails_with
 
-    relay: Any = SimpleNamespace(tokenizer=SimpleNamespace(detokenizer=Silent))
-    call: Any = SimpleNamespace(sampling=SamplingParams())
+    text: Any = Silent()
+    completion = Completion(CompletionText(text, ()), ResponseLog("request"))
+    request = Request("request", (1, 2), Sampling(max_tokens=4))
+    dispatch: Any = None
+    recovery = Recovery(max_failures=0)
+    serving = Serving(
+        request, completion, Account(), dispatch, recovery, stoppable=False, deadline=None, span=trace.INVALID_SPAN
+    )
     placement: Any = SimpleNamespace(prefill_done=lambda: None)
-    run = _Run(relay, call, ResponseLog("request"), CancelHandle(), None)
     decoding = asyncio.create_task(decode())
     await asyncio.wait([decoding])
     async with asyncio.timeout(TIME_LIMIT):
         asyncio.get_running_loop().call_later(0.01, prefill_says.set)
-        return cast(FinishReason, await run._follow(responses(), decoding, placement))
+        return await serving._follow(responses(), decoding, placement)
 
 
 async def test_the_prefill_worker_explains_why_the_handover_ended() -> None:

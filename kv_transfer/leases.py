@@ -1,4 +1,4 @@
-"""Leases: the blocks that this worker holds for decode workers, each with an owner and an expiry."""
+"""Leases: the blocks that a worker holds for others, each with an owner and an expiry."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class LeaseTable:
     loop.
 
     Attributes:
-        epoch: of this start of the worker; 0 until it has registered, and then set once.
+        epoch: of this start of the worker; 0 until it has registered.
 
     Args:
         generation_of: how often a block of the engine's pool has been allocated, at this moment; may be asked from the
@@ -53,6 +53,17 @@ class LeaseTable:
 
     def __len__(self) -> int:
         return len(self._leases)
+
+    async def wait_empty(self) -> None:
+        """Until nothing is held."""
+        while self._leases:
+            await next(iter(self._leases.values())).handover.wait_ended()
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Ends all leases of the former epoch, whose tickets are refused from now on."""
+        for request_id in list(self._leases):
+            self._free(request_id, EndReason.EXPIRED)
+        self.epoch = epoch
 
     def grant(
         self, request_id: str, block_ids: tuple[int, ...], generations: tuple[int, ...], now: float

@@ -1,0 +1,77 @@
+"""Whether a request goes on after a worker failed it, and which workers it had better avoid: a policy without I/O."""
+
+from kvrelay.errors import KvrelayError, Unavailable
+
+__all__ = ["Recovery", "WorkerStart"]
+
+WorkerStart = tuple[str, int]  # worker id and epoch
+
+# The worker leaves or has no room: another can go on, and nobody is to blame.
+_BLAMELESS = frozenset({"WORKER_DRAINING", "EVICTED", "NO_WORKERS"})
+# What another worker, or another start of this one, may well do better.
+_FAILURES = frozenset(
+    {
+        "WORKER_LOST",
+        "STALE_EPOCH",
+        "NO_FRAME_STREAM",
+        "HANDOVER_ENDED",
+        "TRANSFER_FAILED",
+        "LEASE_EXPIRED",
+    }
+)
+FIRST_DELAY_SECONDS = 0.1
+LONGEST_DELAY_SECONDS = 1.0
+
+
+class Recovery:
+    """Counts the failures of one request.
+
+    What is wrong with the request itself, or has become of it (a deadline, a cancellation), is not recovered from.
+
+    Args:
+        max_failures: with the next one the request ends.
+
+    Attributes:
+        avoided: the starts of workers that failed it; another start of the same worker is another chance.
+        num_recoveries: how often it went on, also where nobody was to blame.
+    """
+
+    def __init__(self, max_failures: int) -> None:
+        self._max_failures = max_failures
+        self._num_failures = 0
+        self.avoided: set[WorkerStart] = set()
+        self.num_recoveries = 0
+
+    def note(self, error: KvrelayError, start: WorkerStart | None) -> None:
+        """An attempt ended with this error, by the doing of this worker if one is known.
+
+        Raises:
+            KvrelayError: the request does not go on. Unavailable with stage, worker and the number of failures where
+                workers failed it too often; else the error itself.
+        """
+        if error.reason not in _FAILURES | _BLAMELESS:
+            raise error
+        if start is not None:
+            self.avoided.add(start)
+        if error.reason in _FAILURES:
+            self._num_failures += 1
+            if self._num_failures > self._max_failures:
+                raise _given_up(error, self._num_failures) from error
+        self.num_recoveries += 1
+
+    @property
+    def delay(self) -> float:
+        """Seconds before the next attempt: none after the first failure, then twice as long each time."""
+        if self._num_failures < 2:
+            return 0.0
+        return min(LONGEST_DELAY_SECONDS, FIRST_DELAY_SECONDS * 2.0 ** (self._num_failures - 2))
+
+
+def _given_up(error: KvrelayError, num_failures: int) -> Unavailable:
+    stage, worker = (error.metadata.get(key, "unknown") for key in ("stage", "worker"))
+    return Unavailable(
+        f"{stage} worker {worker} was lost, after {num_failures - 1} other failures; the request can be sent again",
+        reason="WORKER_LOST",
+        metadata={"stage": stage, "worker": worker, "cause": error.reason, "failures": str(num_failures)},
+        retry_after=1.0,
+    )

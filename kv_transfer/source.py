@@ -1,0 +1,63 @@
+"""A worker as the source of handovers: its leases, the service that others pull by, and the end of what none pulls."""
+
+import asyncio
+import time
+
+from kv_transfer.handover import Handover
+from kv_transfer.leases import LeaseTable
+from kv_transfer.service import KvService
+from kv_transfer.tickets import sign_ticket
+from kvrelay.config import TransferSettings
+from kvrelay.engine.async_engine import AsyncEngine
+from kvrelay.engine.kv_cache import KvCache
+
+__all__ = ["HandoverSource"]
+
+LEASE_CHECK_SECONDS = 0.25
+
+
+class HandoverSource:
+    """Holds KV caches for workers that pull them, until they have, or do not in time. Belongs to one event loop.
+
+    Attributes:
+        leases: on the blocks of the worker's engine.
+        service: for the worker's server.
+    """
+
+    def __init__(
+        self, worker_id: str, engine: AsyncEngine, cache: KvCache, key: bytes, transfer: TransferSettings
+    ) -> None:
+        self._key = key
+        self._expiry: asyncio.Task[None] | None = None
+        self.leases = LeaseTable(worker_id, transfer.lease_seconds, engine.generation, engine.abort)
+        self.service = KvService(self.leases, cache, key, transfer.checksum)
+
+    def begin(self, epoch: int) -> None:
+        """The worker has this epoch from now on; what was granted in a former one holds nothing."""
+        self.leases.begin_epoch(epoch)
+        if self._expiry is None:
+            self._expiry = asyncio.create_task(self._expire(), name="lease expiry")
+
+    def stop(self) -> None:
+        if self._expiry is not None:
+            self._expiry.cancel()
+
+    def grant(
+        self, request_id: str, block_ids: tuple[int, ...], generations: tuple[int, ...]
+    ) -> tuple[Handover, bytes]:
+        """Holds the blocks under a lease; answers with the signed ticket that opens it.
+
+        Raises:
+            AlreadyExists, Unavailable: as `LeaseTable.grant`.
+        """
+        handover, ticket = self.leases.grant(request_id, block_ids, generations, time.time())
+        return handover, sign_ticket(ticket, self._key)
+
+    def lease_seconds(self, request_id: str) -> float | None:
+        """As `LeaseTable.lease_seconds`, now."""
+        return self.leases.lease_seconds(request_id, time.time())
+
+    async def _expire(self) -> None:
+        while True:
+            await asyncio.sleep(LEASE_CHECK_SECONDS)
+            self.leases.expire(time.time())
