@@ -132,7 +132,8 @@ class Connection:
                 await asyncio.wait((answer, lost), return_when=asyncio.FIRST_COMPLETED)
                 # The end of the frames may overtake the answer of a worker that drains.
                 await asyncio.wait((answer,), timeout=ANSWER_SECONDS)
-                if not answer.done():
+                # gRPC cancels the calls of a channel that is closed, which is not this task's own cancellation.
+                if not answer.done() or answer.cancelled():
                     raise Unavailable("the stream of tokens broke")
                 return answer.result()
         finally:
