@@ -223,8 +223,8 @@ def test_a_frozen_decode_worker(cluster: Cluster, client: Client) -> None:
             check_complete(readings)
         finally:
             os.kill(pid, signal.SIGCONT)
-    assert cluster.pid("decode-1") == pid
     check_restarted(cluster, "decode-1", before)
+    assert cluster.pid("decode-1") == pid
 
 
 def test_a_frozen_prefill_worker(cluster: Cluster, client: Client) -> None:
