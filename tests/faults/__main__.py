@@ -20,14 +20,14 @@ from tests.faults.schedules import schedule
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/faults", description="Plays schedules of faults on a real cluster.")
-    parser.add_argument("--seed", type=int, help="the schedule to play; others are left out")
+    parser.add_argument("--seed", type=int, nargs="+", help="the schedules to play; others are left out")
     parser.add_argument("--first", type=int, default=0, help="the seed to begin with (default: 0)")
     parser.add_argument("--count", type=int, default=200, help="how many seeds (default: 200)")
     parser.add_argument("--soak", action="store_true", help="go on from seed to seed for --minutes")
     parser.add_argument("--minutes", type=float, default=60.0, help="how long a soak lasts (default: 60)")
     arguments = parser.parse_args()
     if arguments.seed is not None:
-        seeds: Iterable[int] = [arguments.seed]
+        seeds: Iterable[int] = arguments.seed
     else:
         seeds = (
             itertools.count(arguments.first)

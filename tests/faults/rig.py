@@ -73,13 +73,14 @@ class Process:
             return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
         return False
 
-    def start(self) -> None:
+    def start(self, place: Callable[..., list[str]] = lambda *command: list(command)) -> None:
+        """Starts it; `place` makes the command that runs a command where it belongs."""
         self.arm("")  # else the next start would meet what ended this one
         self.num_starts += 1
         environment = clean_environment(**{VARIABLE: f"@{self.failpoints}", "GRPC_VERBOSITY": "NONE"})
         with self.log.open("ab") as log:
             self.popen = subprocess.Popen(
-                [sys.executable, "-m", "kvrelay", *self.arguments],
+                place(sys.executable, "-m", "kvrelay", *self.arguments),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -96,6 +97,11 @@ class Process:
     def num_fired(self) -> int:
         """Failpoints that have been met since the first start."""
         return self.log.read_bytes().count(b"failpoint ") if self.log.exists() else 0
+
+    def end(self) -> None:
+        if self.popen is not None:
+            self.popen.kill()
+            self.popen.wait()
 
     def signal(self, number: int) -> None:
         if self.popen is not None and self.alive:
@@ -234,7 +240,7 @@ async def start_rig(folder: Path, model: Path, **settings: object) -> AsyncItera
             rig.processes[name] = Process(name, [name.partition("-")[0], *_flags(shared | own)], folder)
         for process in rig.processes.values():
             process.start()
-            cleanup.callback(_end, process)
+            cleanup.callback(process.end)
         await rig.wait_ready(*WORKERS)
         keeper = asyncio.create_task(rig.look_after())
         cleanup.callback(keeper.cancel)
@@ -247,9 +253,3 @@ def _url(rig: Rig, name: str) -> str:
 
 def _flags(settings: dict[str, object]) -> list[str]:
     return [text for name, value in settings.items() for text in ("--" + name.replace("_", "-"), str(value))]
-
-
-def _end(process: Process) -> None:
-    if process.popen is not None:
-        process.popen.kill()
-        process.popen.wait()
