@@ -11,6 +11,7 @@ __all__ = ["Direction", "Link", "Proxy"]
 CHUNK_BYTES = 1 << 16
 # Of smaller pieces hardly any byte is a block's.
 MIN_SPOILED_BYTES = 512
+NUM_SPOILED_BYTES = 4  # one of which is a number's exponent, so that whoever reads it gets something else
 
 
 class Direction(enum.Enum):
@@ -25,7 +26,7 @@ class Link:
         delay: seconds that each piece is held back.
         stalled: directions in which nothing passes; it is kept, as by a network that loses and a TCP that sends again.
         refuses: new connections are closed at once.
-        num_flips: pieces of which a bit is still to flip.
+        num_flips: pieces of which a few bits are still to flip.
         num_struck: connections and pieces that were cut, held back or spoiled.
     """
 
@@ -83,8 +84,10 @@ class Link:
             return data
         self.num_flips -= 1
         self.num_struck += 1
-        middle = len(data) // 2
-        return data[:middle] + bytes([data[middle] ^ 0x10]) + data[middle + 1 :]
+        spoiled = bytearray(data)
+        for index in range(len(data) // 2, len(data) // 2 + NUM_SPOILED_BYTES):
+            spoiled[index] ^= 0x40
+        return bytes(spoiled)
 
 
 class Proxy:
