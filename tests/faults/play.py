@@ -3,7 +3,7 @@
 import asyncio
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kvrelay.client import Completion
@@ -70,7 +70,7 @@ async def play(rig: Rig, schedule: Schedule, references: References, *, run: str
     for index, outcome in enumerate(outcomes):
         allowed = allowed_errors(schedule.fault, index == schedule.fault.request)
         faults += faults_of(outcome, references[schedule.asks[index]], allowed)
-    faults += await _left(rig)
+    faults += await _left(rig, outcomes)
     num_errors = sum(outcome.error is not None for outcome in outcomes)
     return Report(schedule, player.has_struck(), num_errors, time.monotonic() - started, tuple(faults))
 
@@ -92,13 +92,22 @@ async def _prepare(rig: Rig, schedule: Schedule) -> None:
         await rig.eventually(any_is_ready, 120.0, f"a {kind} worker ready")
 
 
-async def _left(rig: Rig) -> list[str]:
+async def _left(rig: Rig, outcomes: Sequence[Outcome]) -> list[str]:
+    """Blocks, leases, requests in the queue, and spans without an end."""
     deadline = time.monotonic() + WHOLE_SECONDS
-    while left := await rig.what_is_left():
+    while left := _open_spans(rig, outcomes) or await rig.what_is_left():
         if time.monotonic() > deadline:
             return [f"left: {left}"]
         await asyncio.sleep(0.05)
     return []
+
+
+def _open_spans(rig: Rig, outcomes: Sequence[Outcome]) -> str:
+    """Each request that was heard has one span; who left or failed early may not have been heard."""
+    ended = {outcome.request_id: rig.spans.num_ended[outcome.request_id] for outcome in outcomes}
+    heard = {outcome.request_id for outcome in outcomes if outcome.chunks}
+    wrong = {request_id: count for request_id, count in ended.items() if not (request_id in heard) <= count <= 1}
+    return f"spans that ended: {wrong}" if wrong else ""
 
 
 class _Player:

@@ -22,6 +22,7 @@ from kvrelay.supervisor import die_with_parent
 from tests.e2e.cluster import free_port
 from tests.e2e.processes import clean_environment
 from tests.faults.proxy import Link, Proxy
+from tests.faults.spans import SpanCollector
 
 __all__ = ["GATEWAY", "SETTINGS", "WORKERS", "Process", "Rig", "start_rig"]
 
@@ -47,6 +48,7 @@ class Process:
     name: str
     arguments: list[str]
     folder: Path
+    environment: dict[str, str] = field(default_factory=dict)
     popen: "subprocess.Popen[bytes] | None" = None
     num_starts: int = 0
     frozen_since: float | None = None
@@ -77,7 +79,9 @@ class Process:
         """Starts it; `place` makes the command that runs a command where it belongs."""
         self.arm("")  # else the next start would meet what ended this one
         self.num_starts += 1
-        environment = clean_environment(**{VARIABLE: f"@{self.failpoints}", "GRPC_VERBOSITY": "NONE"})
+        environment = clean_environment(
+            **{VARIABLE: f"@{self.failpoints}", "GRPC_VERBOSITY": "NONE"}, **self.environment
+        )
         with self.log.open("ab") as log:
             self.popen = subprocess.Popen(
                 place(sys.executable, "-m", "kvrelay", *self.arguments),
@@ -119,6 +123,7 @@ class Rig:
     folder: Path
     redis: PrivateRedis
     client: AsyncClient
+    spans: SpanCollector
     processes: dict[str, Process] = field(default_factory=dict)
     worker_proxies: dict[str, Proxy] = field(default_factory=dict)
     redis_proxies: dict[str, Proxy] = field(default_factory=dict)
@@ -217,7 +222,10 @@ async def start_rig(folder: Path, model: Path, **settings: object) -> AsyncItera
     async with contextlib.AsyncExitStack() as cleanup:
         cleanup.callback(redis.stop)
         client = await cleanup.enter_async_context(AsyncClient(f"127.0.0.1:{port}", timeout=30.0))
-        rig = Rig(folder, redis, client)
+        spans = SpanCollector()
+        await spans.start()
+        cleanup.push_async_callback(spans.stop)
+        rig = Rig(folder, redis, client, spans)
         for name in (GATEWAY, *WORKERS):
             rig.redis_proxies[name] = Proxy(folder / "redis" / "redis.sock", rig.pids)
         ports = {name: free_port() for name in WORKERS}
@@ -228,7 +236,7 @@ async def start_rig(folder: Path, model: Path, **settings: object) -> AsyncItera
             cleanup.push_async_callback(proxy.stop)
         shared = {"model": model, "run_dir": folder, **settings}
         gateway = {"port": port, "worker_id": GATEWAY, "redis": _url(rig, GATEWAY), "model": model, "run_dir": folder}
-        rig.processes[GATEWAY] = Process(GATEWAY, [GATEWAY, *_flags(gateway)], folder)
+        rig.processes[GATEWAY] = Process(GATEWAY, [GATEWAY, *_flags(gateway)], folder, spans.environment)
         for name in WORKERS:
             own = {
                 "worker_id": name,
