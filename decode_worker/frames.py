@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 
-from kvrelay import wire
+from kvrelay import failpoints, wire
 from kvrelay.errors import FailedPrecondition
 from kvrelay.request import Token
 from kvrelay.v1 import worker_pb2
@@ -47,6 +47,7 @@ class FrameStreams:
             yield worker_pb2.StreamFramesResponse()
             while (frame := await stream.next()) is not None:
                 yield frame
+                await failpoints.reach("decode.frame")
         finally:
             if self._streams.get(gateway_id) is stream:
                 del self._streams[gateway_id]

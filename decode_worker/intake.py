@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from kv_transfer.puller import Pulled, Puller
 from kv_transfer.transport import TransferFailed
-from kvrelay import telemetry
+from kvrelay import failpoints, telemetry
 from kvrelay.engine.async_engine import AsyncEngine
 from kvrelay.engine.events import Admitted
 from kvrelay.errors import FailedPrecondition
@@ -66,6 +66,7 @@ class Intake:
             telemetry.record_stage(SpanName.TRANSFER, traceparent, started, time.monotonic(), attributes)
             return self._recompute(admitted, failure)
         self._engine.tell(lambda scheduler: scheduler.adopt(request_id, pulled.first_token_id))
+        await failpoints.reach("decode.adopted")
         telemetry.record_stage(
             SpanName.TRANSFER, traceparent, started, pulled.whole_at, _attributes(request_id, pulled)
         )

@@ -11,7 +11,7 @@ from kv_transfer.links import Links
 from kv_transfer.puller import Puller
 from kv_transfer.shm import offer_pool
 from kv_transfer.source import HandoverSource
-from kvrelay import telemetry, wire
+from kvrelay import failpoints, telemetry, wire
 from kvrelay.control.registry import ShmOffer
 from kvrelay.engine.events import Admitted, Event, Failed, Finished, HandedOver, Sampled, StepOutput
 from kvrelay.engine.sequence import Role
@@ -91,6 +91,7 @@ class DecodeWorker(worker_pb2_grpc.DecodeServiceServicer):
     async def Decode(self, request: worker_pb2.DecodeRequest, context: Any) -> worker_pb2.DecodeResponse:
         check_epoch(request.worker_epoch, self._links.epoch)
         self.frames.check(request.gateway_id)
+        await failpoints.reach("decode.received")
         call = _DecodeCall(self, request)
         role = Role.DECODE if request.ticket else Role.WHOLE
         sequence = EngineSequence(call.request, role, arrival=call.arrival, deadline=deadline_of(context))
@@ -146,6 +147,7 @@ class _DecodeCall:
 
     async def _run_after_handover(self, admitted: Admitted, reserved_at: float) -> worker_pb2.DecodeResponse:
         self._trace(SpanName.DECODE_QUEUE, self.arrival, reserved_at, {})
+        await failpoints.reach("decode.reserved")
         taken = await self._worker.intake.take_over(self._call.ticket, admitted, self._call.sequence.traceparent)
         finished = await self._to_the_end(taken.at)
         step_started, step_ended = self._first_step or (taken.at, taken.at)

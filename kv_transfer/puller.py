@@ -14,7 +14,7 @@ from kv_transfer.links import Link, Links
 from kv_transfer.threads import run_on_blocks
 from kv_transfer.tickets import Ticket, open_ticket
 from kv_transfer.transport import TransferFailed
-from kvrelay import telemetry
+from kvrelay import failpoints, telemetry
 from kvrelay.engine.kv_cache import KvCache
 from kvrelay.errors import FailedPrecondition, KvrelayError, NotFound
 from kvrelay.rpc import translated
@@ -141,6 +141,7 @@ class _Transfer:
     async def run(self, link: Link, data: bytes, ticket: Ticket) -> Pulled:
         transport = link.receiver.name
         request = kv_pb2.PullRequest(ticket=data, skip_blocks=self._num_cached, transport=transport)
+        await failpoints.reach("transfer.before_pull")
         call = link.stub.Pull(request)
         try:
             with translated():
@@ -150,7 +151,9 @@ class _Transfer:
             call.cancel()
         if self._first_token_id is None:
             raise TransferFailed("the stream ended before the first token", reason="TRUNCATED")
+        await failpoints.reach("transfer.before_release")
         await self._release(link, data)
+        await failpoints.reach("transfer.after_release")
         num_moved = len(self._destination) - self._num_cached
         num_bytes = num_moved * self._cache.layout.block_bytes
         return Pulled(self._first_token_id, num_bytes, num_moved, transport, self._complete_at, self._clock())
@@ -175,8 +178,10 @@ class _Transfer:
         end = ready.first + ready.count
         target = self._destination[ready.first : end]
         await link.receiver.receive(ticket.block_ids[ready.first : end], target, ready.data)
+        await failpoints.flip("transfer.received", lambda: self._cache.block_view(target[-1], 1))
         if self._checksum:
             await self._verify(target, ready.checksums)
+        await failpoints.reach("transfer.verified")
         self._num_arrived = end
 
     async def _verify(self, target: Sequence[int], expected: Sequence[int]) -> None:

@@ -13,6 +13,7 @@ from kv_transfer.shm import ShmSender
 from kv_transfer.threads import run_on_blocks
 from kv_transfer.tickets import Ticket, open_ticket
 from kv_transfer.transport import BlockSender
+from kvrelay import failpoints
 from kvrelay.engine.kv_cache import KvCache
 from kvrelay.errors import InvalidArgument
 from kvrelay.v1 import kv_pb2, kv_pb2_grpc
@@ -88,7 +89,9 @@ class KvService(kv_pb2_grpc.KvServiceServicer):
         while position < total:
             num_final = await handover.wait_beyond(position)
             count = min(num_final - position, self._max_run_blocks)
+            await failpoints.reach("pull.before_blocks")
             yield await self._ready_blocks(handover, sender, position, count)
+            await failpoints.reach("pull.after_blocks")
             position += count
         first_token_id = await handover.wait_complete()
         self._leases.renew(handover.request_id, self._clock())
@@ -97,7 +100,9 @@ class KvService(kv_pb2_grpc.KvServiceServicer):
         yield kv_pb2.PullResponse(complete=complete)
 
     async def Release(self, request: kv_pb2.ReleaseRequest, context: Any) -> kv_pb2.ReleaseResponse:
+        await failpoints.reach("release.before")
         self._leases.release(open_ticket(request.ticket, self._key), self._clock())
+        await failpoints.reach("release.after")
         return kv_pb2.ReleaseResponse()
 
     async def _ready_blocks(

@@ -12,7 +12,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvrelay import commands, config, telemetry
+from kvrelay import commands, config, failpoints, telemetry
 from kvrelay.config import ClusterSettings, Settings
 from kvrelay.control.cluster_key import load_cluster_key
 from kvrelay.engine.checkpoint import check_checkpoint, resolve_checkpoint
@@ -138,6 +138,7 @@ def _work(role: WorkerRole, settings: Settings, build: "Callable[[Resources], Pa
 
 def _settings(arguments: argparse.Namespace) -> Settings:
     settings = config.load(vars(arguments))
+    failpoints.arm(os.environ.get(failpoints.VARIABLE, ""))
     start_logging(settings.cluster.log_level)
     _check_host(settings.cluster)
     return settings

@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 ENVIRONMENT_PREFIX = "KVRELAY_"
-NOT_SETTINGS = {"KVRELAY_TARGET", "KVRELAY_CONFIG"}
+NOT_SETTINGS = {"KVRELAY_TARGET", "KVRELAY_CONFIG", "KVRELAY_FAILPOINTS"}
 DEMO_MODEL = "demo"
 
 
@@ -117,6 +117,9 @@ class WorkerSettings:
 
     worker_id: str = setting("", "unique name; empty makes one from role, host name and process id")
     worker_port: int = setting(0, "port to listen on; 0 takes a free one", minimum=0, maximum=65535)
+    advertise_port: int = setting(
+        0, "port under which others reach this worker; 0 means the one it listens on", minimum=0, maximum=65535
+    )
     stuck_seconds: float = setting(
         20.0, "a worker whose engine takes longer for one step is not ready; 0 allows any time", minimum=0
     )

@@ -120,7 +120,7 @@ async def run_worker(
             lease_seconds=lease_seconds,
             interval=interval,
         )
-        worker.register_at(port)
+        worker.register_at(settings.worker.advertise_port or port)
         worker.begin(await registration.start(worker.record(path.resolve().name)))
         cleanup.push_async_callback(registration.withdraw)
         cleanup.push_async_callback(part.stop)

@@ -8,7 +8,7 @@ from typing import Any
 from kv_transfer.handover import EndReason, Handover
 from kv_transfer.shm import offer_pool
 from kv_transfer.source import HandoverSource
-from kvrelay import telemetry, wire
+from kvrelay import failpoints, telemetry, wire
 from kvrelay.control.registry import ShmOffer
 from kvrelay.engine.events import Admitted, Event, Failed, Finished, Progress, Sampled, StepOutput
 from kvrelay.engine.sequence import Role
@@ -102,6 +102,7 @@ class _PrefillCall:
         while (response := await self._outbox.get()) is not None:
             if isinstance(response, KvrelayError):
                 raise response
+            await failpoints.reach("prefill.admitted" if response.HasField("admitted") else "prefill.first_token")
             yield response
             if response.HasField("first_token") and self._handover is not None:
                 break
@@ -116,6 +117,7 @@ class _PrefillCall:
             case Progress() if self._handover is not None:
                 self._handover.advance(event.num_computed_tokens // self._worker.block_size)
                 self._announce_last_chunk(event.num_computed_tokens)
+                failpoints.reach_now("prefill.chunk")
             case Sampled():
                 self._complete(event, step)
             case Finished():

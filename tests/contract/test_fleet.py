@@ -163,3 +163,15 @@ async def test_a_cancelled_wait_for_a_prefill_worker_is_a_cancellation() -> None
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
+
+
+async def test_a_decode_worker_that_leaves_the_registry_is_lost(worker: DecodeWorker, connection: Connection) -> None:
+    """As a prefill worker that does; the request goes on elsewhere only if nobody seems to have cancelled it."""
+    async with asyncio.timeout(20):
+        task = decode(connection, Sink())
+        await worker.frames_ended.wait()
+        await connection.close()
+        with pytest.raises(Unavailable) as caught:
+            await task
+    assert caught.value.reason == "WORKER_LOST"
+    assert caught.value.metadata == {"stage": "decode", "worker": "decode-0"}

@@ -1,0 +1,106 @@
+"""What clients saw, and whether a cluster that keeps its promises can have let them see it."""
+
+from dataclasses import dataclass, field
+
+from kvrelay.client import Completion
+from kvrelay.errors import KvrelayError
+from kvrelay.request import Chunk, FinishReason, TokenLogprobs
+from tests.faults.schedules import Fault, Kind
+
+__all__ = ["Outcome", "allowed_errors", "faults_of"]
+
+LOGPROB_TOLERANCE = 1e-3
+
+
+@dataclass
+class Outcome:
+    """One request as its client saw it. An error is of the call; who has left sees nothing more."""
+
+    request_id: str
+    chunks: list[Chunk] = field(default_factory=list)
+    error: KvrelayError | None = None
+    has_left: bool = False
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return tuple(token_id for chunk in self.chunks for token_id in chunk.token_ids)
+
+    @property
+    def text(self) -> str:
+        return "".join(chunk.text for chunk in self.chunks)
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprobs, ...]:
+        return tuple(entry for chunk in self.chunks for entry in chunk.logprobs)
+
+
+def allowed_errors(fault: Fault, is_target: bool) -> frozenset[str]:
+    """The codes with which a request may end under a fault; none means that it has to be completed.
+
+    Args:
+        is_target: whether the fault is of this request alone.
+    """
+    if fault.kind is Kind.DEADLINE and is_target:
+        return frozenset({"DEADLINE_EXCEEDED"})
+    if fault.action == "raise":  # a defect, which another worker would have too
+        return frozenset({"INTERNAL"})
+    if fault.target == "redis" and fault.kind is not Kind.DELAY:
+        return frozenset({"UNAVAILABLE"})
+    return frozenset()
+
+
+def faults_of(outcome: Outcome, expected: Completion, allowed: frozenset[str]) -> list[str]:
+    """What no client should ever have seen; empty if all is well.
+
+    Args:
+        expected: the same request without faults.
+        allowed: codes of errors that it may end with.
+    """
+    found = _ends(outcome, allowed)
+    if [chunk.seq for chunk in outcome.chunks] != list(range(1, len(outcome.chunks) + 1)):
+        found.append(f"seq has gaps: {[chunk.seq for chunk in outcome.chunks]}")
+    count = len(outcome.token_ids)
+    if outcome.token_ids != expected.token_ids[:count]:
+        found.append(f"tokens {outcome.token_ids} instead of {expected.token_ids}")
+    if not expected.text.startswith(outcome.text):
+        found.append(f"text {outcome.text!r} instead of {expected.text!r}")
+    found += _logprobs(outcome, expected)
+    if outcome.chunks and outcome.chunks[-1].finish_reason is not None:
+        found += _whole(outcome, expected)
+    return [f"{outcome.request_id}: {each}" for each in found]
+
+
+def _ends(outcome: Outcome, allowed: frozenset[str]) -> list[str]:
+    """Exactly one end, and nothing after it."""
+    reasons = [chunk.finish_reason for chunk in outcome.chunks if chunk.finish_reason is not None]
+    found = []
+    if len(reasons) + (outcome.error is not None) != 1 and not outcome.has_left:
+        found.append(f"ended {len(reasons)} times, and with {outcome.error!r}")
+    if FinishReason.ABORT in reasons and not outcome.has_left:
+        found.append("was aborted by nobody")
+    if reasons and outcome.chunks[-1].finish_reason is None:
+        found.append("went on after its end")
+    if outcome.error is not None and outcome.error.code not in allowed:
+        found.append(f"failed with {outcome.error.code} ({outcome.error.reason}): {outcome.error.message}")
+    return found
+
+
+def _whole(outcome: Outcome, expected: Completion) -> list[str]:
+    last = outcome.chunks[-1]
+    saw = (outcome.token_ids, outcome.text, last.finish_reason, last.usage and last.usage.completion_tokens)
+    wanted = (expected.token_ids, expected.text, expected.finish_reason, expected.usage.completion_tokens)
+    return [] if saw == wanted else [f"{saw} instead of {wanted}"]
+
+
+def _logprobs(outcome: Outcome, expected: Completion) -> list[str]:
+    if len(outcome.logprobs) != (len(outcome.token_ids) if expected.logprobs else 0):
+        return [f"{len(outcome.logprobs)} log-probabilities for {len(outcome.token_ids)} tokens"]
+    return [
+        f"log-probabilities {saw} instead of {wanted}"
+        for saw, wanted in zip(outcome.logprobs, expected.logprobs, strict=False)
+        if _ids(saw) != _ids(wanted) or abs(saw.logprob - wanted.logprob) > LOGPROB_TOLERANCE
+    ]
+
+
+def _ids(entry: TokenLogprobs) -> tuple[int, ...]:
+    return (entry.token_id, *(token_id for token_id, _ in entry.top))

@@ -1,0 +1,80 @@
+"""Random handovers: time passes, leases end, somebody aborts, bytes flip, answers get lost, the prefill worker starts
+anew, an old ticket comes again; and everybody gets their own tokens, and both pools are whole in the end."""
+
+from random import Random
+
+import pytest
+from handing_over import CHOICES, WAITS, HandoverMachine, Loss, Side, Spec
+from hypothesis import HealthCheck, settings
+
+TestHandoverMachine = HandoverMachine.TestCase
+TestHandoverMachine.settings = settings(
+    max_examples=40,
+    stateful_step_count=60,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def random_spec(random: Random) -> Spec:
+    return Spec(**{name: random.choice(values) for name, values in CHOICES.items()})  # type: ignore[arg-type]
+
+
+def random_act(machine: HandoverMachine, random: Random) -> None:
+    index = random.randrange(20)
+    match random.choices(
+        ["submit", "decode", "prefill steps", "decode steps", "announce", "fetch", "release", "present", "disturb"],
+        [3, 4, 4, 3, 8, 8, 5, 2, 1],
+    )[0]:
+        case "submit":
+            machine.submit(random_spec(random))
+        case "decode":
+            machine.submit_decode(index)
+        case "prefill steps":
+            machine.step_prefill(random.randint(1, 3))
+        case "decode steps":
+            machine.step_decode(random.randint(1, 3))
+        case "announce":
+            machine.announce(index, random.randint(1, 8), random.random() < 0.5)
+        case "fetch":
+            machine.fetch(index, random.random() < 0.1, index)
+        case "release":
+            machine.release(index, random.choice([Loss.NONE] * 6 + [Loss.REQUEST, Loss.ANSWER]))
+        case "present":
+            machine.present(index)
+            machine.forge(index, random.randrange(1 << 14))
+        case _:
+            disturb(machine, random, index)
+
+
+def disturb(machine: HandoverMachine, random: Random, index: int) -> None:
+    match random.choice(["wait", "wait", "abort", "break", "restart"]):
+        case "wait":
+            machine.wait(random.choice(WAITS), random.random() < 0.5)
+        case "abort":
+            machine.abort(index, random.choice(list(Side)))
+        case "break":
+            machine.break_off(index)
+        case _:
+            machine.restart()
+
+
+def long_life(seed: int) -> HandoverMachine:
+    random, machine = Random(seed), HandoverMachine()
+    machine.begin(random.randint(8, 14), random.randint(8, 20), random.randint(1, 12), seed % 2 == 0)
+    for _ in range(600):
+        random_act(machine, random)
+        machine.check()
+    machine.teardown()
+    return machine
+
+
+@pytest.mark.parametrize("first", range(0, 60, 10))
+def test_long_lives(first: int) -> None:
+    """The same acts at random, which reaches fuller workers; and it is seen that all that matters did happen."""
+    machines = [long_life(seed) for seed in range(first, first + 10)]
+    assert sum(machine.num_adopted for machine in machines) > 50
+    assert sum(machine.num_recomputed for machine in machines) > 20
+    assert sum(machine.num_refused for machine in machines) > 20
