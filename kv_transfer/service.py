@@ -2,13 +2,14 @@
 
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from kv_transfer.blocks import checksums
 from kv_transfer.grpc_stream import GrpcSender
 from kv_transfer.handover import Handover
 from kv_transfer.layouts import check_layouts, layout_to_proto
+from kv_transfer.sampling import verified_positions
 from kv_transfer.shm import ShmSender
 from kv_transfer.threads import run_on_blocks
 from kv_transfer.tickets import Ticket, open_ticket
@@ -48,7 +49,6 @@ class KvService(kv_pb2_grpc.KvServiceServicer):
 
     Args:
         key: the cluster's, which authenticates tickets.
-        checksum: send the checksum of each block.
         clock: seconds of Unix time.
     """
 
@@ -57,13 +57,11 @@ class KvService(kv_pb2_grpc.KvServiceServicer):
         leases: Leases,
         cache: KvCache,
         key: bytes,
-        checksum: bool = True,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._leases = leases
         self._cache = cache
         self._key = key
-        self._checksum = checksum
         self._clock = clock
         self._senders: Mapping[str, BlockSender] = {"shm": ShmSender(), "grpc": GrpcSender(cache)}
         self._max_run_blocks = max(1, MAX_RUN_BYTES // cache.layout.block_bytes)
@@ -86,9 +84,13 @@ class KvService(kv_pb2_grpc.KvServiceServicer):
         if position > total:
             raise InvalidArgument.field("skip_blocks", f"{position}, but the ticket has {total} blocks")
         while position < total:
+            at_once = handover.num_final_blocks > position
             num_final = await handover.wait_beyond(position)
             count = min(num_final - position, self._max_run_blocks)
-            yield await self._ready_blocks(handover, sender, position, count)
+            verified = verified_positions(request.checksum, request.ticket, position, count, total)
+            event = await self._ready_blocks(handover, sender, range(position, position + count), verified)
+            event.ready.followed_at_once = at_once
+            yield event
             position += count
         first_token_id = await handover.wait_complete()
         self._leases.renew(handover.request_id, self._clock())
@@ -101,21 +103,25 @@ class KvService(kv_pb2_grpc.KvServiceServicer):
         return kv_pb2.ReleaseResponse()
 
     async def _ready_blocks(
-        self, handover: Handover, sender: BlockSender, first: int, count: int
+        self, handover: Handover, sender: BlockSender, run: range, verified: Sequence[int]
     ) -> kv_pb2.PullResponse:
-        """Reads a run, and proves afterwards that it was still held, so nobody else's bytes leave this process."""
+        """Reads a run, and proves afterwards that it was still held, so nobody else's bytes leave this process.
+
+        Args:
+            run: positions in the ticket.
+            verified: those of them that get a checksum.
+        """
         self._leases.renew(handover.request_id, self._clock())
-        block_ids = handover.block_ids[first : first + count]
+        block_ids = handover.block_ids[run.start : run.stop]
 
         def read() -> kv_pb2.PullResponse:
             # Filled in place, because a finished message is copied when it is put into another.
             event = kv_pb2.PullResponse()
-            event.ready.first, event.ready.count = first, count
-            if self._checksum:
-                event.ready.checksums.extend(checksums(self._cache, block_ids))
+            event.ready.first, event.ready.count = run.start, len(run)
+            event.ready.checksums.extend(checksums(self._cache, [handover.block_ids[each] for each in verified]))
             event.ready.data = sender.payload(block_ids)
             return event
 
-        event = await run_on_blocks(self._cache, count, read)
-        self._leases.verify(handover, first, count)
+        event = await run_on_blocks(self._cache, len(run), read)
+        self._leases.verify(handover, run.start, len(run))
         return event

@@ -141,7 +141,11 @@ class TransferSettings:
     transport: str = setting(
         "auto", "how blocks travel; auto takes the fastest that both ends share", choices=("auto", "shm", "grpc")
     )
-    checksum: bool = setting(True, "verify an XXH3 checksum of each block that was moved")
+    checksum: str = setting(
+        "full",
+        "which blocks that were moved are verified by an XXH3 checksum: all, one in eight, or none",
+        choices=("full", "sampled", "off"),
+    )
     lease_seconds: float = setting(30.0, "how long blocks are held for a decode worker that is silent", minimum=0.1)
 
 

@@ -38,7 +38,7 @@ class PrefillWorker(worker_pb2_grpc.PrefillServiceServicer):
         self.worker_id = resources.worker_id
         self.leases = LeaseTable(self.worker_id, transfer.lease_seconds, self.engine.generation, self._free)
         self._cache = resources.runner.cache
-        self._kv_service = KvService(self.leases, self._cache, self.cluster_key, transfer.checksum)
+        self._kv_service = KvService(self.leases, self._cache, self.cluster_key)
         self._expiry: asyncio.Task[None] | None = None
 
     @property

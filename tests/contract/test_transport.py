@@ -86,14 +86,14 @@ async def test_many_pulls_at_once(workers: Pair) -> None:
 
 @pytest.mark.parametrize("preference", PREFERENCES)
 async def test_without_checksums(preference: str) -> None:
-    async with pair(preference, checksum=False) as workers:
+    async with pair(preference, checksum="off") as workers:
         await workers.decode.puller.pull(workers.prefill.grant_complete(range(8)), range(8), 0)
         assert workers.same(range(8), range(8))
 
 
 @pytest.mark.parametrize("preference", PREFERENCES)
 async def test_without_checksums_nothing_counts_before_the_release(preference: str) -> None:
-    async with pair(preference, checksum=False) as workers:
+    async with pair(preference, checksum="off") as workers:
         ticket = workers.prefill.grant_complete(range(8))
         workers.prefill.tamper = lambda event: [event] if event.HasField("ready") else []
         with pytest.raises(TransferFailed) as caught:

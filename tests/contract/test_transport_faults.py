@@ -145,13 +145,6 @@ async def test_event_after_the_first_token(workers: Pair) -> None:
     assert (failed.reason, failed.verified_blocks) == ("UNEXPECTED_EVENT", 8)
 
 
-async def test_checksums_are_insisted_on() -> None:
-    prefill = Prefill(checksum=False)
-    async with prefill.serving(), decode_worker(Registry(prefill.record), "grpc") as decode:
-        failed = await failure(decode, prefill.grant_complete(range(8)), range(8))
-        assert (failed.reason, failed.verified_blocks) == ("UNEXPECTED_EVENT", 0)
-
-
 # Tickets that are wrong
 
 

@@ -33,7 +33,7 @@ Tamper = Callable[[kv_pb2.PullResponse], Sequence[kv_pb2.PullResponse]]
 class Prefill:
     """A prefill worker whose engine the test plays: it grants blocks and says which are final."""
 
-    def __init__(self, layout: KvLayout = LAYOUT, num_blocks: int = NUM_BLOCKS, checksum: bool = True) -> None:
+    def __init__(self, layout: KvLayout = LAYOUT, num_blocks: int = NUM_BLOCKS) -> None:
         self.now = 1000.0
         self.cache = KvCache(layout, num_blocks, torch.device("cpu"))
         self.cache.tensor.copy_(torch.randn(self.cache.tensor.shape))
@@ -43,7 +43,6 @@ class Prefill:
         self.leases = LeaseTable("prefill-0", 30.0, self.generations.__getitem__, self.freed.append)
         self.leases.epoch = EPOCH
         self.tamper: Tamper = lambda event: [event]
-        self.checksum = checksum
         self.num_pairings = 0
         self.port = 0
 
@@ -83,7 +82,7 @@ class _TamperingService(KvService):
     """What the network, or a defect, might make of the events."""
 
     def __init__(self, prefill: Prefill) -> None:
-        super().__init__(prefill.leases, prefill.cache, KEY, prefill.checksum, lambda: prefill.now)
+        super().__init__(prefill.leases, prefill.cache, KEY, lambda: prefill.now)
         self._prefill = prefill
 
     async def Pair(self, request: kv_pb2.PairRequest, context: Any) -> kv_pb2.PairResponse:
@@ -123,7 +122,7 @@ class Decode:
     """A decode worker's pool, links and puller."""
 
     def __init__(
-        self, registry: Registry, preference: str, layout: KvLayout = LAYOUT, checksum: bool = True, key: bytes = KEY
+        self, registry: Registry, preference: str, layout: KvLayout = LAYOUT, checksum: str = "full", key: bytes = KEY
     ) -> None:
         self.registry = registry
         self.cache = KvCache(layout, NUM_BLOCKS, torch.device("cpu"))
@@ -157,8 +156,8 @@ async def decode_worker(registry: Registry, preference: str, **options: Any) -> 
 
 
 @contextlib.asynccontextmanager
-async def pair(preference: str, checksum: bool = True, num_blocks: int = NUM_BLOCKS) -> AsyncIterator[Pair]:
-    prefill = Prefill(checksum=checksum, num_blocks=num_blocks)
+async def pair(preference: str, checksum: str = "full", num_blocks: int = NUM_BLOCKS) -> AsyncIterator[Pair]:
+    prefill = Prefill(num_blocks=num_blocks)
     async with (
         prefill.serving(),
         decode_worker(Registry(prefill.record), preference, checksum=checksum) as decode,
