@@ -7,6 +7,7 @@ from typing import Any
 
 from decode_worker.frames import FrameStreams
 from decode_worker.intake import Intake, TakenOver
+from kv_transfer.choice import parse_required
 from kv_transfer.links import Links
 from kv_transfer.puller import Puller
 from kvrelay import telemetry, wire
@@ -32,7 +33,8 @@ class DecodeWorker(worker_pb2_grpc.DecodeServiceServicer):
         self.frames = FrameStreams()
         self.worker_id = resources.worker_id
         cache = resources.runner.cache
-        self._links = Links(resources.directory, self.worker_id, cache, transfer.transport)
+        required = parse_required(transfer.require_transport)
+        self._links = Links(resources.directory, self.worker_id, cache, transfer.transport, required)
         resources.directory.on_change(self._links.follow)
         self.intake = Intake(self.engine, Puller(self._links, cache, resources.cluster_key, transfer.checksum))
         self.engine.on_step = self.frames.flush
@@ -53,7 +55,7 @@ class DecodeWorker(worker_pb2_grpc.DecodeServiceServicer):
         return None
 
     def links(self) -> Sequence[LinkStatus]:
-        return [LinkStatus(worker_id, transport) for worker_id, transport in self._links.status()]
+        return self._links.status()
 
     def lease_seconds(self, request_id: str) -> float | None:
         return None

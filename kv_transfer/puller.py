@@ -132,6 +132,9 @@ class _Transfer:
         self._num_arrived = num_cached_blocks
         self._first_token_id: int | None = None
         self._complete_at = 0.0
+        self._taken_at = 0.0
+        self._bytes_timed = 0
+        self._seconds_receiving = 0.0
         self.num_verified = num_cached_blocks
 
     def check(self, ticket: Ticket) -> None:
@@ -155,6 +158,7 @@ class _Transfer:
         if self._first_token_id is None:
             raise TransferFailed("the stream ended before the first token", reason="TRUNCATED")
         await self._release(link, data)
+        link.rate.add(self._bytes_timed, self._seconds_receiving)
         num_moved = len(self._destination) - self._num_cached
         num_bytes = num_moved * self._cache.layout.block_bytes
         return Pulled(self._first_token_id, num_bytes, num_moved, transport, self._complete_at, self._clock())
@@ -180,7 +184,9 @@ class _Transfer:
             raise _unexpected(f"{len(ready.checksums)} checksums for {ready.count} blocks, not {len(verified)}")
         end = ready.first + ready.count
         target = self._destination[ready.first : end]
+        started = self._clock()
         await link.receiver.receive(ticket.block_ids[ready.first : end], target, ready.data)
+        self._note_time(ready, started)
         await self._verify(verified, ready.checksums)
         self._num_arrived = end
 
@@ -194,6 +200,19 @@ class _Transfer:
             raise TransferFailed(
                 f"block {positions[num_right]} of the ticket arrived with another checksum", reason="CHECKSUM_MISMATCH"
             )
+
+    def _note_time(self, ready: kv_pb2.ReadyBlocks, started: float) -> None:
+        """Counts the time in which a run was received, and none in which it was waited for.
+
+        What the receiver fetches is timed there. What came in an event was on its way since the one before, if it did
+        not have to wait for prefill.
+        """
+        now, before = self._clock(), self._taken_at
+        self._taken_at = now
+        if ready.data and not (before and ready.followed_at_once):
+            return
+        self._seconds_receiving += now - (before if ready.data else started)
+        self._bytes_timed += ready.count * self._cache.layout.block_bytes
 
     def _take_first_token(self, complete: kv_pb2.PrefillComplete) -> None:
         if self._num_arrived != len(self._destination):

@@ -2,15 +2,14 @@
 
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Protocol
 
 from kv_transfer.blocks import checksums
-from kv_transfer.grpc_stream import GrpcSender
 from kv_transfer.handover import Handover
-from kv_transfer.layouts import check_layouts, layout_to_proto
+from kv_transfer.layouts import PROTOCOL_VERSION, check_layouts, check_versions, layout_to_proto
 from kv_transfer.sampling import verified_positions
-from kv_transfer.shm import ShmSender
+from kv_transfer.senders import Senders
 from kv_transfer.threads import run_on_blocks
 from kv_transfer.tickets import Ticket, open_ticket
 from kv_transfer.transport import BlockSender
@@ -24,6 +23,8 @@ log = logging.getLogger(__name__)
 
 # Large enough that the message's own cost is small, small enough that reading, sending and copying overlap.
 MAX_RUN_BYTES = 4 << 20
+MAX_PROBE_BYTES = 16 << 20
+PROBE_PART_BYTES = 1 << 20
 
 
 class Leases(Protocol):
@@ -63,23 +64,35 @@ class KvService(kv_pb2_grpc.KvServiceServicer):
         self._cache = cache
         self._key = key
         self._clock = clock
-        self._senders: Mapping[str, BlockSender] = {"shm": ShmSender(), "grpc": GrpcSender(cache)}
+        self._senders = Senders(cache)
         self._max_run_blocks = max(1, MAX_RUN_BYTES // cache.layout.block_bytes)
 
     async def Pair(self, request: kv_pb2.PairRequest, context: Any) -> kv_pb2.PairResponse:
+        check_versions(request.protocol_version)
         layout = layout_to_proto(self._cache.layout)
         check_layouts(layout, request.layout)
         log.info("paired with decode worker %s, epoch %d", request.decode_worker_id, request.decode_epoch)
         return kv_pb2.PairResponse(
-            prefill_worker_id=self._leases.worker_id, prefill_epoch=self._leases.epoch, layout=layout
+            prefill_worker_id=self._leases.worker_id,
+            prefill_epoch=self._leases.epoch,
+            layout=layout,
+            protocol_version=PROTOCOL_VERSION,
+            transports=self._senders.names,
         )
+
+    async def Export(self, request: kv_pb2.ExportRequest, context: Any) -> kv_pb2.ExportResponse:
+        return await self._senders.export(request.transport)
+
+    async def Probe(self, request: kv_pb2.ProbeRequest, context: Any) -> AsyncIterator[kv_pb2.ProbeResponse]:
+        if request.num_bytes > MAX_PROBE_BYTES:
+            raise InvalidArgument.field("num_bytes", f"{request.num_bytes}; the limit is {MAX_PROBE_BYTES}")
+        for start in range(0, request.num_bytes, PROBE_PART_BYTES):
+            yield kv_pb2.ProbeResponse(data=bytes(min(PROBE_PART_BYTES, request.num_bytes - start)))
 
     async def Pull(self, request: kv_pb2.PullRequest, context: Any) -> AsyncIterator[kv_pb2.PullResponse]:
         ticket = open_ticket(request.ticket, self._key)
         handover = self._leases.find(ticket, self._clock())
-        sender = self._senders.get(request.transport)
-        if sender is None:
-            raise InvalidArgument.field("transport", f"must be one of {', '.join(self._senders)}")
+        sender = self._senders.find(request.transport)
         position, total = request.skip_blocks, len(handover.block_ids)
         if position > total:
             raise InvalidArgument.field("skip_blocks", f"{position}, but the ticket has {total} blocks")

@@ -139,8 +139,11 @@ class TransferSettings:
     """The handover of KV blocks."""
 
     transport: str = setting(
-        "auto", "how blocks travel; auto takes the fastest that both ends share", choices=("auto", "shm", "grpc")
+        "auto",
+        "how blocks travel; auto takes the fastest that both ends share",
+        choices=("auto", "shm", "nixl", "cuda_ipc", "grpc"),
     )
+    require_transport: str = setting("", "transports that auto may choose, comma-separated; empty allows all")
     checksum: str = setting(
         "full",
         "which blocks that were moved are verified by an XXH3 checksum: all, one in eight, or none",

@@ -39,7 +39,9 @@ async def test_bytes_arrive(workers: Pair, tables: tuple[Sequence[int], Sequence
     assert (pulled.first_token_id, pulled.num_blocks) == (42, len(source))
     assert pulled.num_bytes == len(source) * workers.decode.cache.layout.block_bytes
     assert pulled.complete_at <= pulled.whole_at
-    assert workers.decode.links.status() == [("prefill-0", pulled.transport)]
+    assert [(link.prefill_worker_id, link.transport) for link in workers.decode.links.status()] == [
+        ("prefill-0", pulled.transport)
+    ]
     assert workers.prefill.freed == ["r1"]
     assert len(workers.prefill.leases) == 0
 
@@ -168,7 +170,7 @@ class Halt:
     def __init__(self, cache: KvCache, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(threads, "INLINE_BYTES", -1)
         self.entered, self.resume, self.left = threading.Event(), threading.Event(), threading.Event()
-        for name in ("block_view", "write_blocks"):
+        for name in ("block_view", "block_address", "write_blocks"):
             monkeypatch.setattr(cache, name, self._halting(getattr(cache, name)))
 
     def _halting(self, act: Callable[..., Any]) -> Callable[..., Any]:
@@ -255,7 +257,7 @@ async def test_a_worker_that_comes_is_paired_with_before_anybody_asks(workers: P
     decode.links.epoch = EPOCH
     decode.links.follow()
     decode.links.follow()
-    await until(lambda: [name for name, _ in decode.links.status()] == ["prefill-0"])
+    await until(lambda: [link.prefill_worker_id for link in decode.links.status()] == ["prefill-0"])
     assert prefill.num_pairings == 1
     await decode.puller.pull(prefill.grant_complete(range(4)), range(4), 0)
     assert prefill.num_pairings == 1

@@ -17,7 +17,6 @@ import pytest
 import torch
 from transport_kit import EPOCH, LAYOUT, Prefill, Registry, decode_worker, pair, until
 
-from kv_transfer.choice import choose_transport
 from kv_transfer.shm import ShmReceiver, host_id, offer_pool
 from kv_transfer.transport import TransferFailed
 from kvrelay.control.registry import WorkerRecord
@@ -66,13 +65,12 @@ SPOILED = {
 @pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED.keys())
 def test_pool_that_is_not_what_was_offered(prefill: Prefill, cache: KvCache, spoil: Any) -> None:
     offer = offer_pool(prefill.cache)
-    choose_transport("shm", offer, EPOCH, cache).close()
+    ShmReceiver.open_pool(offer, EPOCH, cache).close()
     spoiled = spoil(prefill, offer)
     offer = spoiled if isinstance(spoiled, type(offer)) else offer
     num_open = _times_open(prefill.cache)
-    assert choose_transport("auto", offer, EPOCH, cache).name == "grpc"
     with pytest.raises(FailedPrecondition) as caught:
-        choose_transport("shm", offer, EPOCH, cache)
+        ShmReceiver.open_pool(offer, EPOCH, cache)
     assert caught.value.reason == "SHM_UNAVAILABLE"
     assert error_to_status(caught.value).code == 9
     assert _times_open(prefill.cache) == num_open
@@ -82,20 +80,16 @@ def test_offered_file_that_is_a_pipe(prefill: Prefill, cache: KvCache) -> None:
     reader, writer = os.pipe()
     try:
         offer = replace(offer_pool(prefill.cache), fd=writer)
-        assert choose_transport("auto", offer, EPOCH, cache).name == "grpc"
+        with pytest.raises(FailedPrecondition, match="another size"):
+            ShmReceiver.open_pool(offer, EPOCH, cache)
     finally:
         os.close(reader)
         os.close(writer)
 
 
 def test_no_offer(cache: KvCache) -> None:
-    assert choose_transport("auto", None, EPOCH, cache).name == "grpc"
-    with pytest.raises(FailedPrecondition):
-        choose_transport("shm", None, EPOCH, cache)
-
-
-def test_grpc_is_not_tried_out(prefill: Prefill, cache: KvCache) -> None:
-    assert choose_transport("grpc", offer_pool(prefill.cache), EPOCH, cache).name == "grpc"
+    with pytest.raises(FailedPrecondition, match="does not offer"):
+        ShmReceiver.open_pool(None, EPOCH, cache)
 
 
 def test_host_id_holds_boot_and_pid_namespace() -> None:

@@ -1,0 +1,69 @@
+"""The decode worker's transports: which its pool can use, and how a receiver for one prefill worker is made."""
+
+import asyncio
+from collections.abc import Mapping
+
+from kv_transfer.choice import Opener
+from kv_transfer.cuda_ipc import CudaIpcReceiver
+from kv_transfer.grpc_stream import GrpcReceiver
+from kv_transfer.nixl import NixlReceiver
+from kv_transfer.nixl_agent import NixlAgent, nixl_problem
+from kv_transfer.shm import ShmReceiver
+from kv_transfer.transport import BlockReceiver
+from kvrelay.control.registry import WorkerRecord
+from kvrelay.engine.kv_cache import KvCache
+from kvrelay.rpc import translated
+from kvrelay.v1 import kv_pb2, kv_pb2_grpc
+
+__all__ = ["Receivers"]
+
+EXPORT_SECONDS = 10.0  # a NIXL agent may have to be started
+
+
+class Receivers:
+    """Makes receivers into one pool. Belongs to one event loop."""
+
+    def __init__(self, cache: KvCache) -> None:
+        self._cache = cache
+        self._agent: NixlAgent | None = None
+        self._lock = asyncio.Lock()
+
+    @property
+    def names(self) -> list[str]:
+        """Of the transports that this process can do."""
+        within_host = ["cuda_ipc"] if self._cache.device.type == "cuda" else ["shm"]
+        return [*within_host, *(["nixl"] if nixl_problem() is None else []), "grpc"]
+
+    def openers(self, record: WorkerRecord, stub: "kv_pb2_grpc.KvServiceAsyncStub") -> Mapping[str, Opener | str]:
+        """As `kv_transfer.choice.choose_transport` takes them, for one prefill worker."""
+
+        async def shm() -> BlockReceiver:
+            return ShmReceiver.open_pool(record.shm, record.epoch, self._cache)
+
+        async def cuda_ipc() -> BlockReceiver:
+            export = (await _export("cuda_ipc", stub)).cuda_ipc
+            return await asyncio.to_thread(CudaIpcReceiver.open_pool, export, self._cache)
+
+        async def nixl() -> BlockReceiver:
+            agent = await self._start_agent()
+            export = (await _export("nixl", stub)).nixl
+            return await asyncio.to_thread(NixlReceiver.open_pool, export, agent)
+
+        async def grpc() -> BlockReceiver:
+            return GrpcReceiver(self._cache, stub)
+
+        within_host: dict[str, Opener | str] = (
+            {"cuda_ipc": cuda_ipc} if self._cache.device.type == "cuda" else {"shm": shm}
+        )
+        return {**within_host, "nixl": nixl_problem() or nixl, "grpc": grpc}
+
+    async def _start_agent(self) -> NixlAgent:
+        async with self._lock:
+            if self._agent is None:
+                self._agent = await asyncio.to_thread(NixlAgent, self._cache)
+            return self._agent
+
+
+async def _export(name: str, stub: "kv_pb2_grpc.KvServiceAsyncStub") -> kv_pb2.ExportResponse:
+    with translated():
+        return await stub.Export(kv_pb2.ExportRequest(transport=name), timeout=EXPORT_SECONDS)
