@@ -58,7 +58,7 @@ class NixlAgent:
             on_gpu = cache.device.type == "cuda"
             self.segment = self._bindings.VRAM_SEG if on_gpu else self._bindings.DRAM_SEG
             self.device_index = (cache.device.index or 0) if on_gpu else 0
-            self.register(cache.block_address(0, cache.num_blocks), cache.num_blocks * cache.layout.block_bytes)
+            self.register(cache.block_bytes.data_ptr(), cache.block_bytes.numel())
         except Exception as error:  # whatever the bindings raise: they have a class for each of NIXL's codes
             raise unavailable(f"the agent does not start: {error}") from error
 
@@ -75,7 +75,7 @@ class NixlAgent:
         """What others need to read the pool."""
         return kv_pb2.NixlExport(
             metadata=self._agent.getLocalMD(),
-            base_address=self.cache.block_address(0, 0),
+            base_address=self.cache.block_bytes.data_ptr(),
             num_blocks=self.cache.num_blocks,
             device_index=self.device_index,
             on_gpu=self.cache.device.type == "cuda",

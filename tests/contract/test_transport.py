@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from transport_kit import EPOCH, NUM_BLOCKS, Pair, pair, until
+from transport_kit import EPOCH, NUM_BLOCKS, TRANSPORTS, Pair, pair, until
 
 from kv_transfer import threads
 from kv_transfer.handover import EndReason
@@ -15,7 +15,6 @@ from kv_transfer.transport import TransferFailed
 from kvrelay.engine.kv_cache import KvCache
 from kvrelay.v1 import kv_pb2
 
-PREFERENCES = ["shm", "grpc"]
 TABLES = {
     "contiguous": (range(10, 30), range(5, 25)),
     "scattered": ([9, 3, 4, 5, 60, 1, 0, 63], [7, 8, 30, 31, 32, 2, 63, 11]),
@@ -23,7 +22,7 @@ TABLES = {
 }
 
 
-@pytest.fixture(params=PREFERENCES)
+@pytest.fixture(params=TRANSPORTS)
 async def workers(request: pytest.FixtureRequest) -> Any:
     async with pair(request.param) as both:
         yield both
@@ -46,7 +45,7 @@ async def test_bytes_arrive(workers: Pair, tables: tuple[Sequence[int], Sequence
     assert len(workers.prefill.leases) == 0
 
 
-@pytest.mark.parametrize("preference", PREFERENCES)
+@pytest.mark.parametrize("preference", TRANSPORTS)
 async def test_large_run_comes_in_several_events(preference: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kv_transfer.service.MAX_RUN_BYTES", 3 * 8192 + 1)
     async with pair(preference) as workers:
@@ -86,14 +85,14 @@ async def test_many_pulls_at_once(workers: Pair) -> None:
     assert sorted(workers.prefill.freed) == sorted(f"r{n}" for n in range(16))
 
 
-@pytest.mark.parametrize("preference", PREFERENCES)
+@pytest.mark.parametrize("preference", TRANSPORTS)
 async def test_without_checksums(preference: str) -> None:
     async with pair(preference, checksum="off") as workers:
         await workers.decode.puller.pull(workers.prefill.grant_complete(range(8)), range(8), 0)
         assert workers.same(range(8), range(8))
 
 
-@pytest.mark.parametrize("preference", PREFERENCES)
+@pytest.mark.parametrize("preference", TRANSPORTS)
 async def test_without_checksums_nothing_counts_before_the_release(preference: str) -> None:
     async with pair(preference, checksum="off") as workers:
         ticket = workers.prefill.grant_complete(range(8))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from transport_kit import KEY, Pair, pair
+from transport_kit import KEY, TRANSPORTS, Pair, pair
 
 from kv_transfer.sampling import CHECKSUM_MODES, verified_positions
 from kv_transfer.tickets import Ticket, sign_ticket
@@ -13,7 +13,6 @@ from kv_transfer.transport import TransferFailed
 from kvrelay.errors import InvalidArgument
 from kvrelay.v1 import kv_pb2
 
-TRANSPORTS = ["shm", "grpc"]
 FULL, SAMPLED, OFF = CHECKSUM_MODES["full"], CHECKSUM_MODES["sampled"], CHECKSUM_MODES["off"]
 
 

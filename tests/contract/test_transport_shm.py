@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from transport_kit import EPOCH, LAYOUT, Prefill, Registry, decode_worker, pair, until
+from transport_kit import EPOCH, LAYOUT, TRANSPORTS, Prefill, Registry, decode_worker, pair, until
 
 from kv_transfer.shm import ShmReceiver, host_id, offer_pool
 from kv_transfer.transport import TransferFailed
@@ -181,7 +181,7 @@ def _expected(block_ids: range) -> bytes:
     return b"".join(bytes([block_id + 1]) * LAYOUT.block_bytes for block_id in block_ids)
 
 
-@pytest.mark.parametrize("preference", ["shm", "grpc"])
+@pytest.mark.parametrize("preference", TRANSPORTS)
 async def test_another_process(preference: str) -> None:
     async with prefill_process() as (process, record, ticket), decode_worker(Registry(record), preference) as decode:
         task = asyncio.create_task(decode.puller.pull(ticket, range(16), 0))
@@ -192,7 +192,7 @@ async def test_another_process(preference: str) -> None:
         assert decode.cache.read_blocks(range(16)) == _expected(range(16))
 
 
-@pytest.mark.parametrize("preference", ["shm", "grpc"])
+@pytest.mark.parametrize("preference", TRANSPORTS)
 async def test_process_killed_during_a_pull(preference: str) -> None:
     async with prefill_process() as (process, record, ticket), decode_worker(Registry(record), preference) as decode:
         task = asyncio.create_task(decode.puller.pull(ticket, range(16), 0))

@@ -6,10 +6,12 @@ import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
+import pytest
 import torch
 
 from kv_transfer.handover import Handover
 from kv_transfer.links import Links
+from kv_transfer.nixl_agent import nixl_problem
 from kv_transfer.puller import Puller
 from kv_transfer.service import KvService
 from kv_transfer.shm import offer_pool
@@ -27,6 +29,11 @@ KEY = b"k" * 32
 EPOCH = 7
 LAYOUT = KvLayout(b"m" * 32, "float32", block_size=16, num_layers=2, num_kv_heads=2, head_dim=16)  # 8 KiB a block
 NUM_BLOCKS = 64
+TRANSPORTS = [
+    "shm",
+    "grpc",
+    pytest.param("nixl", marks=pytest.mark.skipif(nixl_problem() is not None, reason=str(nixl_problem()))),
+]
 Tamper = Callable[[kv_pb2.PullResponse], Sequence[kv_pb2.PullResponse]]
 
 
