@@ -2,30 +2,21 @@
 
 import asyncio
 import contextlib
-import json
 import os
 import struct
-import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transport_kit import EPOCH, LAYOUT, TRANSPORTS, Prefill, Registry, decode_worker, pair, until
+from transport_kit import EPOCH, LAYOUT, TRANSPORTS, Prefill, Registry, decode_worker, pair, prefill_process, until
 
 from kv_transfer.shm import ShmReceiver, host_id, offer_pool
 from kv_transfer.transport import TransferFailed
-from kvrelay.control.registry import WorkerRecord
 from kvrelay.engine.kv_cache import KvCache
 from kvrelay.errors import FailedPrecondition
-from kvrelay.request import WorkerRole
 from kvrelay.wire import error_to_status
-
-PROCESS = Path(__file__).with_name("transport_process.py")
 
 
 @pytest.fixture
@@ -139,32 +130,6 @@ async def test_closed_links_leave_no_file_open() -> None:
 
 
 # A prefill worker in a process of its own
-
-
-@asynccontextmanager
-async def prefill_process() -> AsyncIterator[tuple[asyncio.subprocess.Process, WorkerRecord, bytes]]:
-    """It grants blocks 0 to 15, of which 8 are final, and completes the prompt at the first line it reads."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, str(PROCESS)),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    try:
-        assert process.stdout is not None
-        told = json.loads(await asyncio.wait_for(process.stdout.readline(), 30))
-        here = Prefill()
-        here.port = told["port"]
-        shm = replace(offer_pool(here.cache), **told["shm"])
-        here.cache.close()
-        record = WorkerRecord(
-            "prefill-0", WorkerRole.PREFILL, f"127.0.0.1:{told['port']}", process.pid, here.record.model, shm, EPOCH
-        )
-        yield process, record, bytes.fromhex(told["ticket"])
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
 
 
 def _times_open(cache: KvCache) -> int:

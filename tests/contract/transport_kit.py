@@ -2,8 +2,12 @@
 
 import asyncio
 import contextlib
+import json
 import os
+import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -129,11 +133,17 @@ class Decode:
     """A decode worker's pool, links and puller."""
 
     def __init__(
-        self, registry: Registry, preference: str, layout: KvLayout = LAYOUT, checksum: str = "full", key: bytes = KEY
+        self,
+        registry: Registry,
+        preference: str,
+        layout: KvLayout = LAYOUT,
+        checksum: str = "full",
+        key: bytes = KEY,
+        required: Sequence[str] = (),
     ) -> None:
         self.registry = registry
         self.cache = KvCache(layout, NUM_BLOCKS, torch.device("cpu"))
-        self.links = Links(registry, "decode-0", self.cache, preference)
+        self.links = Links(registry, "decode-0", self.cache, preference, required)
         self.puller = Puller(self.links, self.cache, key, checksum)
 
     def close(self) -> None:
@@ -177,3 +187,29 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(5):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
+
+
+@contextlib.asynccontextmanager
+async def prefill_process() -> AsyncIterator[tuple[asyncio.subprocess.Process, WorkerRecord, bytes]]:
+    """It grants blocks 0 to 15, of which 8 are final, and completes the prompt at the first line it reads."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, str(Path(__file__).with_name("transport_process.py"))),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    try:
+        assert process.stdout is not None
+        told = json.loads(await asyncio.wait_for(process.stdout.readline(), 30))
+        here = Prefill()
+        here.port = told["port"]
+        shm = replace(offer_pool(here.cache), **told["shm"])
+        here.cache.close()
+        record = WorkerRecord(
+            "prefill-0", WorkerRole.PREFILL, f"127.0.0.1:{told['port']}", process.pid, here.record.model, shm, EPOCH
+        )
+        yield process, record, bytes.fromhex(told["ticket"])
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
