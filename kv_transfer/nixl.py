@@ -1,6 +1,5 @@
 """The transport between hosts and between GPUs: the decode worker reads the prefill worker's pool by NIXL, over UCX."""
 
-import contextlib
 import functools
 from collections.abc import Sequence
 
@@ -21,7 +20,7 @@ class NixlReceiver:
     """Reads another process's pool into the own. `open_pool` makes one.
 
     Attributes:
-        usable: False after a transfer that had to be given up, which ends the connection.
+        usable: False after a transfer that had to be given up.
     """
 
     name = "nixl"
@@ -36,7 +35,7 @@ class NixlReceiver:
 
     @classmethod
     def open_pool(cls, export: kv_pb2.NixlExport, agent: NixlAgent) -> "NixlReceiver":
-        """Makes the prefill worker's agent known to the own.
+        """Makes the prefill worker's agent known to the own, which the receiver takes over.
 
         Raises:
             FailedPrecondition: the export is malformed, or the agent cannot be reached; reason NIXL_UNAVAILABLE.
@@ -54,8 +53,7 @@ class NixlReceiver:
         return await run_to_end(functools.partial(self._fetch_into_scratch, num_bytes))
 
     def close(self) -> None:
-        with contextlib.suppress(NixlFailed):
-            self._agent.forget(self._peer)
+        self._agent.close()
 
     def _fetch(self, source_block_ids: Sequence[int], destination_block_ids: Sequence[int]) -> None:
         size = self._cache.layout.block_bytes
@@ -69,21 +67,13 @@ class NixlReceiver:
     def _fetch_into_scratch(self, num_bytes: int) -> int:
         num_bytes = min(num_bytes, self._export.num_blocks * self._cache.layout.block_bytes)
         scratch = torch.empty(num_bytes, dtype=torch.uint8, device=self._cache.device)
-        described = self._agent.register(scratch.data_ptr(), num_bytes)
-        try:
+        with self._agent.registered(scratch.data_ptr(), num_bytes):
             self._read([(self._export.base_address, num_bytes)], [(scratch.data_ptr(), num_bytes)])
-        finally:
-            self._agent.deregister(described)
         return num_bytes
 
     def _read(self, source: Sequence[tuple[int, int]], destination: Sequence[tuple[int, int]]) -> None:
-        if not self.usable:
-            raise TransferFailed("the connection has been given up", reason="NIXL_FAILED")
         try:
             self._agent.read(self._peer, source, destination, self._segment, self._export.device_index)
         except NixlFailed as error:
-            if isinstance(error, NixlTimedOut):
-                # What was not released may still come; without the connection it cannot.
-                self.usable = False
-                self.close()
+            self.usable = not isinstance(error, NixlTimedOut)
             raise TransferFailed(f"NIXL could not read the pool: {error}", reason="NIXL_FAILED") from error

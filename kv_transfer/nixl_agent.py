@@ -5,12 +5,14 @@ thread sleeps until UCX has something to do. Nothing of the API that pickles (de
 parsed by NIXL's own C++, and comes only from workers that the cluster's key has signed for.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.util
+import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from kvrelay.engine.kv_cache import KvCache
@@ -31,7 +33,7 @@ class NixlFailed(Exception):
 
 
 class NixlTimedOut(NixlFailed):
-    """A transfer was given up. Nothing is written any more once the peer has been forgotten."""
+    """A transfer was given up, and the agent closed."""
 
 
 @functools.cache
@@ -43,7 +45,10 @@ def nixl_problem() -> str | None:
 
 
 class NixlAgent:
-    """Reads other processes' registered memory into the own pool, and lets others read that. Thread-safe.
+    """Lets other processes read the own pool, or reads one other's registered memory into it. Thread-safe.
+
+    A transfer that is given up costs the agent: UCX still writes what comes late, even after the transfer was released
+    and the peer disconnected. So each link has an agent of its own.
 
     Raises:
         FailedPrecondition: NIXL cannot be loaded, or not register the pool; reason NIXL_UNAVAILABLE.
@@ -51,6 +56,7 @@ class NixlAgent:
 
     def __init__(self, cache: KvCache) -> None:
         self.cache = cache
+        self._lock = threading.Lock()
         try:
             self._bindings: Any = importlib.import_module("nixl._bindings")
             self._agent = self._bindings.nixlAgent(f"kvrelay-{uuid.uuid4().hex}", self._config())
@@ -58,18 +64,25 @@ class NixlAgent:
             on_gpu = cache.device.type == "cuda"
             self.segment = self._bindings.VRAM_SEG if on_gpu else self._bindings.DRAM_SEG
             self.device_index = (cache.device.index or 0) if on_gpu else 0
-            self.register(cache.block_bytes.data_ptr(), cache.block_bytes.numel())
+            self._register(cache.block_bytes.data_ptr(), cache.block_bytes.numel())
         except Exception as error:  # whatever the bindings raise: they have a class for each of NIXL's codes
             raise unavailable(f"the agent does not start: {error}") from error
 
-    def register(self, address: int, num_bytes: int) -> Any:
-        """Makes memory known to the agent; answers what `deregister` takes."""
+    @contextlib.contextmanager
+    def registered(self, address: int, num_bytes: int) -> Iterator[None]:
+        """Inside, the agent may read into this memory."""
+        described = self._register(address, num_bytes)
+        try:
+            yield
+        finally:
+            with self._lock:
+                if self._agent is not None:
+                    self._agent.deregisterMem(described, [self._backend])
+
+    def _register(self, address: int, num_bytes: int) -> Any:
         described = self._bindings.nixlRegDList(self.segment, [(address, num_bytes, self.device_index, "")])
         self._agent.registerMem(described, [self._backend])
         return described
-
-    def deregister(self, described: Any) -> None:
-        self._agent.deregisterMem(described, [self._backend])
 
     def export(self) -> kv_pb2.NixlExport:
         """What others need to read the pool."""
@@ -95,12 +108,10 @@ class NixlAgent:
             raise unavailable(f"the prefill worker's agent cannot be reached: {error}") from error
         return name.decode() if isinstance(name, bytes) else str(name)
 
-    def forget(self, peer: str) -> None:
-        """Disconnects from another agent; no transfer from it writes anything afterwards."""
-        try:
-            self._agent.invalidateRemoteMD(peer)
-        except Exception as error:
-            raise NixlFailed(str(error)) from error
+    def close(self) -> None:
+        """Ends the agent, with its threads and connections. Nothing is written by it afterwards."""
+        with self._lock:
+            self._agent = None
 
     def read(
         self,
@@ -113,43 +124,40 @@ class NixlAgent:
         """Reads ranges of a peer's memory into own ones of the same lengths; blocks until they are there.
 
         Raises:
-            NixlFailed: the destination's content is undefined.
+            NixlFailed: the destination's content is undefined, but nothing is written any more.
+            NixlTimedOut: so it is, and the agent is closed.
         """
-        bindings, agent = self._bindings, self._agent
-        try:
-            local = bindings.nixlXferDList(self.segment, [(*each, self.device_index) for each in destination])
-            remote = bindings.nixlXferDList(source_segment, [(*each, source_device_index) for each in source])
-            handle = agent.createXferReq(bindings.NIXL_READ, local, remote, peer, b"", [self._backend])
-        except Exception as error:
-            raise NixlFailed(str(error)) from error
-        try:
-            self._finish(handle)
-        finally:
-            self._release(handle)
+        bindings = self._bindings
+        local = bindings.nixlXferDList(self.segment, [(*each, self.device_index) for each in destination])
+        remote = bindings.nixlXferDList(source_segment, [(*each, source_device_index) for each in source])
+        # One at a time, so that nobody else is inside when the agent must be closed.
+        with self._lock:
+            if self._agent is None:
+                raise NixlTimedOut("the agent is closed")
+            try:
+                self._transfer(peer, local, remote)
+            except NixlTimedOut:
+                self._agent = None
+                raise
+            except Exception as error:
+                raise NixlFailed(str(error)) from error
 
     def segment_of(self, export: kv_pb2.NixlExport) -> Any:
         return self._bindings.VRAM_SEG if export.on_gpu else self._bindings.DRAM_SEG
 
-    def _finish(self, handle: Any) -> None:
+    def _transfer(self, peer: str, local: Any, remote: Any) -> None:
+        handle = self._agent.createXferReq(self._bindings.NIXL_READ, local, remote, peer, b"", [self._backend])
         ends, (pause, longest) = time.monotonic() + TRANSFER_SECONDS, POLL_SECONDS
-        try:
-            status = self._agent.postXferReq(handle, b"")
-            while status == self._bindings.NIXL_IN_PROG and time.monotonic() < ends:
-                time.sleep(pause)
-                pause = min(2 * pause, longest)
-                status = self._agent.getXferStatus(handle)
-        except Exception as error:
-            raise NixlFailed(str(error)) from error
-        if status == self._bindings.NIXL_IN_PROG:
-            raise NixlTimedOut(f"nothing came within {TRANSFER_SECONDS:g} s")
+        status = self._agent.postXferReq(handle, b"")
+        while status == self._bindings.NIXL_IN_PROG:
+            if time.monotonic() > ends:
+                raise NixlTimedOut(f"nothing came within {TRANSFER_SECONDS:g} s")
+            time.sleep(pause)
+            pause = min(2 * pause, longest)
+            status = self._agent.getXferStatus(handle)
+        self._agent.releaseXferReq(handle)
         if status != self._bindings.NIXL_SUCCESS:
             raise NixlFailed(str(status))
-
-    def _release(self, handle: Any) -> None:
-        try:
-            self._agent.releaseXferReq(handle)
-        except Exception as error:
-            raise NixlTimedOut(f"the transfer cannot be ended: {error}") from error
 
     def _config(self) -> Any:
         config = self._bindings.nixlAgentConfig()

@@ -25,8 +25,6 @@ class Receivers:
 
     def __init__(self, cache: KvCache) -> None:
         self._cache = cache
-        self._agent: NixlAgent | None = None
-        self._lock = asyncio.Lock()
 
     @property
     def names(self) -> list[str]:
@@ -45,9 +43,8 @@ class Receivers:
             return await asyncio.to_thread(CudaIpcReceiver.open_pool, export, self._cache)
 
         async def nixl() -> BlockReceiver:
-            agent = await self._start_agent()
             export = (await _export("nixl", stub)).nixl
-            return await asyncio.to_thread(NixlReceiver.open_pool, export, agent)
+            return await asyncio.to_thread(_open_nixl, export, self._cache)
 
         async def grpc() -> BlockReceiver:
             return GrpcReceiver(self._cache, stub)
@@ -57,11 +54,9 @@ class Receivers:
         )
         return {**within_host, "nixl": nixl_problem() or nixl, "grpc": grpc}
 
-    async def _start_agent(self) -> NixlAgent:
-        async with self._lock:
-            if self._agent is None:
-                self._agent = await asyncio.to_thread(NixlAgent, self._cache)
-            return self._agent
+
+def _open_nixl(export: kv_pb2.NixlExport, cache: KvCache) -> NixlReceiver:
+    return NixlReceiver.open_pool(export, NixlAgent(cache))
 
 
 async def _export(name: str, stub: "kv_pb2_grpc.KvServiceAsyncStub") -> kv_pb2.ExportResponse:
