@@ -2,9 +2,11 @@
 
     python -m benchmarks.transfer [--rounds 7] [--update-docs]
 
-transfer-rates: whole pulls (ticket, events, copies, release) of a prompt's blocks of the small shape, complete and not
-cached, from another process on this host; beside each, what limits it, measured in the same rounds: for shm a memcpy of
-the same bytes, for nixl its own read of them in one piece. Transports that this machine lacks have no row.
+transfer-rates: the blocks of a prompt of the small shape, from another process on this host. "copy" is what the
+transport itself does for all of them at once; "pull" is the whole handover (ticket, events, copies, release) of a prompt
+that is complete and not cached. Beside the copy what limits it, measured in the same rounds: for shm a memcpy of the
+same bytes out of the other process's memory, for nixl its own read in one piece. Transports that this machine lacks have
+no row.
 
 transfer-overlap: a prompt of 2,000 tokens through a whole cluster of the small shape. The transfer is what the second
 token waits for after prefill has ended.
@@ -14,6 +16,7 @@ import argparse
 import asyncio
 import dataclasses
 import json
+import mmap
 import os
 import random
 import sys
@@ -24,6 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
 from benchmarks import results
@@ -39,7 +43,7 @@ from kv_transfer.tickets import sign_ticket
 from kvrelay import Client
 from kvrelay.control.membership import WorkerEntry
 from kvrelay.control.registry import ModelInfo, ShmOffer, WorkerLoad, WorkerRecord
-from kvrelay.engine.kv_cache import KvCache
+from kvrelay.engine.kv_cache import HEADER_BYTES, KvCache
 from kvrelay.engine.kv_layout import KvLayout
 from kvrelay.request import WorkerRole, WorkerState
 from kvrelay.rpc import Server, Service, open_channel
@@ -144,7 +148,8 @@ async def _pull_all(
     links = {name: Links(registry, "decode-0", cache, name) for name in transports}
     blocks, found = range(cache.num_blocks), defaultdict(list)
     num_bytes = cache.block_bytes.numel()
-    own = torch.randint(0, 255, (num_bytes,), dtype=torch.uint8).numpy().data
+    theirs = _mapped(registry.snapshot()["prefill-0"].record.shm)
+    own = cache.block_bytes.view(-1).numpy()
     raw = await _raw_nixl(registry, cache) if "nixl" in transports else None
 
     async def timed(name: str, work: Callable[[], Any]) -> None:
@@ -155,13 +160,16 @@ async def _pull_all(
         found[name].append(num_bytes / (time.perf_counter() - started))
 
     def copy() -> None:
-        cache.block_view(0, cache.num_blocks)[:] = own
+        numpy.copyto(own, theirs)
 
     for _ in range(rounds + 1):
         await timed("memcpy", copy)
         if raw is not None:
             await timed("raw nixl", raw)
         for name in transports:
+            if name != "grpc":  # whose bytes come in the events
+                async with links[name].use("prefill-0", EPOCH) as link:
+                    await timed(f"{name} copy", lambda link=link: link.receiver.receive(blocks, blocks, b""))
             for mode in CHECKSUMS:
                 puller = Puller(links[name], cache, KEY, mode)
                 ticket = bytes.fromhex(tickets.pop())
@@ -169,6 +177,15 @@ async def _pull_all(
     for each in links.values():
         await each.close()
     return {name: values[1:] for name, values in found.items()}
+
+
+def _mapped(offer: ShmOffer | None) -> "numpy.ndarray[Any, Any]":
+    """The blocks of the other process's pool, in this one's address space."""
+    if offer is None:
+        raise RuntimeError("this system has no memory to share")
+    with open(f"/proc/{offer.pid}/fd/{offer.fd}", "rb") as pool:
+        memory = mmap.mmap(pool.fileno(), offer.size, prot=mmap.PROT_READ)
+    return numpy.frombuffer(memory, dtype=numpy.uint8, offset=HEADER_BYTES)
 
 
 async def _raw_nixl(registry: _Registry, cache: KvCache) -> Callable[[], None]:
@@ -194,12 +211,10 @@ def _rates_rows(found: Mapping[str, Sequence[float]], transports: Sequence[str])
         limit = limits.get(name)
         row: Row = {
             "transport": name,
-            "GB/s": gigabytes(f"{name} off"),
-            "limit": limit or "",
-            "limit, GB/s": gigabytes(limit) if limit else None,
-            "% of the limit": _percent(found[f"{name} off"], found[limit]) if limit else None,
-            "sampled checksums, GB/s": gigabytes(f"{name} sampled"),
-            "full checksums, GB/s": gigabytes(f"{name} full"),
+            "copy, GB/s": gigabytes(f"{name} copy") if limit else None,
+            "limit": f"{limit}, {gigabytes(limit)}" if limit else None,
+            "% of the limit": _percent(found[f"{name} copy"], found[limit]) if limit else None,
+            **{f"pull, checksums {mode}, GB/s": gigabytes(f"{name} {mode}") for mode in CHECKSUMS},
         }
         rows.append(row)
     return rows
@@ -259,7 +274,8 @@ def main() -> None:
         arguments.shape, arguments.tokens, arguments.rounds = "tiny", 200, 1
     if arguments.serve:
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-        return asyncio.run(serve(arguments.shape, arguments.tokens, arguments.serve))
+        asyncio.run(serve(arguments.shape, arguments.tokens, arguments.serve))
+        return
     about = f"{arguments.tokens} tokens of the {arguments.shape} shape, float32"
     if arguments.only != "overlap":
         rows = asyncio.run(rates_table(arguments.shape, arguments.tokens, arguments.rounds))

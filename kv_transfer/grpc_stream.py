@@ -18,6 +18,9 @@ PROBE_SECONDS = 5.0
 class GrpcSender:
     """Puts the blocks' bytes into the event."""
 
+    # Several copies are made of a message; small ones are still in the cache, and both ends work at once.
+    max_event_bytes = 512 << 10
+
     def __init__(self, cache: KvCache) -> None:
         self._cache = cache
 

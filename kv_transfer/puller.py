@@ -184,9 +184,9 @@ class _Transfer:
             raise _unexpected(f"{len(ready.checksums)} checksums for {ready.count} blocks, not {len(verified)}")
         end = ready.first + ready.count
         target = self._destination[ready.first : end]
-        started = self._clock()
-        await link.receiver.receive(ticket.block_ids[ready.first : end], target, ready.data)
-        self._note_time(ready, started)
+        started, payload = self._clock(), ready.data  # read once: each time the bytes are copied
+        await link.receiver.receive(ticket.block_ids[ready.first : end], target, payload)
+        self._note_time(ready, bool(payload), started)
         await self._verify(verified, ready.checksums)
         self._num_arrived = end
 
@@ -201,7 +201,7 @@ class _Transfer:
                 f"block {positions[num_right]} of the ticket arrived with another checksum", reason="CHECKSUM_MISMATCH"
             )
 
-    def _note_time(self, ready: kv_pb2.ReadyBlocks, started: float) -> None:
+    def _note_time(self, ready: kv_pb2.ReadyBlocks, came_along: bool, started: float) -> None:
         """Counts the time in which a run was received, and none in which it was waited for.
 
         What the receiver fetches is timed there. What came in an event was on its way since the one before, if it did
@@ -209,9 +209,9 @@ class _Transfer:
         """
         now, before = self._clock(), self._taken_at
         self._taken_at = now
-        if ready.data and not (before and ready.followed_at_once):
+        if came_along and not (before and ready.followed_at_once):
             return
-        self._seconds_receiving += now - (before if ready.data else started)
+        self._seconds_receiving += now - (before if came_along else started)
         self._bytes_timed += ready.count * self._cache.layout.block_bytes
 
     def _take_first_token(self, complete: kv_pb2.PrefillComplete) -> None:

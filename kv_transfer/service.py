@@ -21,8 +21,8 @@ __all__ = ["KvService", "Leases"]
 
 log = logging.getLogger(__name__)
 
-# Large enough that the message's own cost is small, small enough that reading, sending and copying overlap.
-MAX_RUN_BYTES = 4 << 20
+# Of one event; a sender that puts bytes into it may want less.
+MAX_RUN_BYTES = 16 << 20
 MAX_PROBE_BYTES = 16 << 20
 PROBE_PART_BYTES = 1 << 20
 
@@ -65,7 +65,6 @@ class KvService(kv_pb2_grpc.KvServiceServicer):
         self._key = key
         self._clock = clock
         self._senders = Senders(cache)
-        self._max_run_blocks = max(1, MAX_RUN_BYTES // cache.layout.block_bytes)
 
     async def Pair(self, request: kv_pb2.PairRequest, context: Any) -> kv_pb2.PairResponse:
         check_versions(request.protocol_version)
@@ -94,12 +93,13 @@ class KvService(kv_pb2_grpc.KvServiceServicer):
         handover = self._leases.find(ticket, self._clock())
         sender = self._senders.find(request.transport)
         position, total = request.skip_blocks, len(handover.block_ids)
+        max_blocks = max(1, min(MAX_RUN_BYTES, sender.max_event_bytes) // self._cache.layout.block_bytes)
         if position > total:
             raise InvalidArgument.field("skip_blocks", f"{position}, but the ticket has {total} blocks")
         while position < total:
             at_once = handover.num_final_blocks > position
             num_final = await handover.wait_beyond(position)
-            count = min(num_final - position, self._max_run_blocks)
+            count = min(num_final - position, max_blocks)
             verified = verified_positions(request.checksum, request.ticket, position, count, total)
             event = await self._ready_blocks(handover, sender, range(position, position + count), verified)
             event.ready.followed_at_once = at_once

@@ -26,7 +26,14 @@ class TransferFailed(Exception):
 
 
 class BlockSender(Protocol):
-    """The prefill worker's side."""
+    """The prefill worker's side.
+
+    Attributes:
+        max_event_bytes: so many bytes of blocks are best named by one event.
+    """
+
+    @property
+    def max_event_bytes(self) -> int: ...
 
     def payload(self, block_ids: Sequence[int]) -> bytes:
         """The blocks' bytes for an event; empty if the receiver fetches them itself. May be called in a thread."""
@@ -34,6 +41,8 @@ class BlockSender(Protocol):
 
 class FetchedSender:
     """Sends nothing: the receiver reads for itself."""
+
+    max_event_bytes = 16 << 20  # each event costs a round through two event loops, and its bytes nothing
 
     def payload(self, block_ids: Sequence[int]) -> bytes:
         return b""
