@@ -3,10 +3,10 @@
     python -m benchmarks.transfer [--rounds 7] [--update-docs]
 
 transfer-rates: the blocks of a prompt of the small shape, from another process on this host. "copy" is what the
-transport itself does for all of them at once; "pull" is the whole handover (ticket, events, copies, release) of a prompt
-that is complete and not cached. Beside the copy what limits it, measured in the same rounds: for shm a memcpy of the
-same bytes out of the other process's memory, for nixl its own read in one piece. Transports that this machine lacks have
-no row.
+transport itself does for all of them at once; "pull" is the whole handover (ticket, events, copies, release) of a
+prompt that is complete and not cached. Beside the copy what limits it, measured in the same rounds: for shm a memcpy of
+the same bytes out of the other process's memory, for nixl its own read in one piece. Transports that this machine lacks
+have no row.
 
 transfer-overlap: a prompt of 2,000 tokens through a whole cluster of the small shape. The transfer is what the second
 token waits for after prefill has ended.
