@@ -276,15 +276,17 @@ def main() -> None:
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")
         asyncio.run(serve(arguments.shape, arguments.tokens, arguments.serve))
         return
+    packages = results.versions([*results.PACKAGES, "nixl"])
     about = f"{arguments.tokens} tokens of the {arguments.shape} shape, float32"
     if arguments.only != "overlap":
         rows = asyncio.run(rates_table(arguments.shape, arguments.tokens, arguments.rounds))
         size = layout(arguments.shape).token_bytes * arguments.tokens / 2**20
-        results.publish("transfer-rates", rows, arguments, caption=f"{about}, {size:.0f} MiB, between two processes.")
+        caption = f"{about}, {size:.0f} MiB, between two processes."
+        results.publish("transfer-rates", rows, arguments, caption=caption, packages=packages)
     if arguments.only != "rates":
         rows = overlap_table(arguments.shape, arguments.tokens, arguments.rounds, arguments.port)
         caption = f"{about}: one prompt at a time, by checksums of all blocks, overlapped with prefill."
-        results.publish("transfer-overlap", rows, arguments, caption=caption)
+        results.publish("transfer-overlap", rows, arguments, caption=caption, packages=packages)
 
 
 if __name__ == "__main__":
