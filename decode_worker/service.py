@@ -7,6 +7,7 @@ from typing import Any
 
 from decode_worker.frames import FrameStreams
 from decode_worker.intake import Intake
+from kv_transfer.choice import parse_required
 from kv_transfer.links import Links
 from kv_transfer.puller import Puller
 from kv_transfer.shm import offer_pool
@@ -36,9 +37,12 @@ class DecodeWorker(worker_pb2_grpc.DecodeServiceServicer):
         self.worker_id = resources.worker_id
         self.block_size = resources.runner.layout.block_size
         self._cache = resources.runner.cache
-        self.source = HandoverSource(self.worker_id, self.engine, self._cache, resources.cluster_key, transfer)
+        self.source = HandoverSource(
+            self.worker_id, self.engine, self._cache, resources.cluster_key, transfer.lease_seconds
+        )
         self._directory = resources.directory
-        self._links = Links(resources.directory, self.worker_id, self._cache, transfer.transport)
+        required = parse_required(transfer.require_transport)
+        self._links = Links(resources.directory, self.worker_id, self._cache, transfer.transport, required)
         resources.directory.on_change(self._links.follow)
         puller = Puller(self._links, self._cache, resources.cluster_key, transfer.checksum)
         self.intake = Intake(self.engine, puller, engine.block_size, engine.max_batched_tokens)
@@ -83,7 +87,7 @@ class DecodeWorker(worker_pb2_grpc.DecodeServiceServicer):
         return offer_pool(self._cache)
 
     def links(self) -> Sequence[LinkStatus]:
-        return [LinkStatus(worker_id, transport) for worker_id, transport in self._links.status()]
+        return self._links.status()
 
     def lease_seconds(self, request_id: str) -> float | None:
         return self.source.lease_seconds(request_id)

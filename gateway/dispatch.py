@@ -6,17 +6,21 @@ import time
 from collections.abc import Collection, Sequence
 from types import TracebackType
 
-from gateway.disaggregation import Costs
+from gateway.disaggregation import Costs, Link
 from gateway.fleet import Connection, Fleet
 from gateway.recovery import WorkerStart
 from gateway.reservation import Reservation
 from gateway.router import Router, WorkerView
 from kvrelay.control.membership import WorkerEntry
+from kvrelay.control.registry import LinkRecord
 from kvrelay.engine.prefix import block_digests, root_digest
 from kvrelay.errors import Unavailable
 from kvrelay.request import Request, WorkerState
 
 __all__ = ["Dispatch", "Placement"]
+
+# The pull, the release, and the call that they are part of.
+HANDOVER_ROUND_TRIPS = 3
 
 
 class Placement:
@@ -151,4 +155,9 @@ def _view(entry: WorkerEntry) -> WorkerView:
         draining=load.state is not WorkerState.READY,
         prefill_rate=load.prefill_rate,
         block_bytes=record.model.block_bytes,
+        links={link.prefill_worker_id: _link(link) for link in load.links if link.bandwidth > 0},
     )
+
+
+def _link(record: LinkRecord) -> Link:
+    return Link(record.bandwidth, HANDOVER_ROUND_TRIPS * record.latency)

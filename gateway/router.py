@@ -1,8 +1,8 @@
 """Which workers a request goes to: a policy that does no I/O and takes the time as an argument."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from gateway.disaggregation import Costs, Disaggregation, Link, PromptWork
 from gateway.reservation import reserves_late
@@ -27,6 +27,7 @@ class WorkerView:
         draining: takes no new requests.
         prefill_rate: prompt tokens it computes per second, as measured; 0 while unknown.
         block_bytes: of a KV block; 0 if unknown.
+        links: of a decode worker, by prefill worker, as measured.
     """
 
     worker_id: str
@@ -40,6 +41,7 @@ class WorkerView:
     draining: bool = False
     prefill_rate: float = 0.0
     block_bytes: int = 0
+    links: Mapping[str, Link] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,12 +252,8 @@ class _Prompt:
 
 
 def link_between(prefill: WorkerView, decode: WorkerView) -> Link:
-    """The link by which this decode worker takes KV caches over from this prefill worker.
-
-    Here the figures that decode workers measure and register (`WorkerLoad.links`) will be looked up; until then all
-    links are alike.
-    """
-    return Link()
+    """The link by which a decode worker takes KV caches over from a prefill worker; a usual one if not measured."""
+    return decode.links.get(prefill.worker_id) or Link()
 
 
 def _of_role(workers: Sequence[WorkerView], role: WorkerRole, avoid: Collection[str] = ()) -> list[WorkerView]:

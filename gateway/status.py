@@ -1,6 +1,7 @@
 """The cluster as a whole: what the registry says, completed by what the workers themselves answer."""
 
 import asyncio
+import dataclasses
 
 from gateway.admission import Admission
 from gateway.fleet import Connection, Fleet
@@ -8,7 +9,7 @@ from kvrelay import wire
 from kvrelay.control.directory import WorkerDirectory
 from kvrelay.control.membership import WorkerEntry
 from kvrelay.errors import KvrelayError
-from kvrelay.request import GatewayStatus, Model, WorkerState, WorkerStatus
+from kvrelay.request import GatewayStatus, LinkStatus, Model, WorkerState, WorkerStatus
 from kvrelay.v1 import inference_pb2, worker_pb2
 
 __all__ = ["ClusterView"]
@@ -93,4 +94,5 @@ def _silent(entry: WorkerEntry) -> WorkerStatus:
         blocks_free=load.blocks_free,
         blocks_held=load.blocks_total - load.blocks_free,
         memory_bytes=0,
+        links=tuple(LinkStatus(**dataclasses.asdict(link)) for link in load.links),
     )

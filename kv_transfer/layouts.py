@@ -1,10 +1,13 @@
-"""The layout fingerprint: two workers exchange blocks only if they mean the same by their bytes."""
+"""What two workers must have in common: the protocol's version, and what the bytes of a block mean."""
 
 from kvrelay.engine.kv_layout import LAYOUT_VERSION, KvLayout
 from kvrelay.errors import FailedPrecondition
 from kvrelay.v1 import kv_pb2
 
-__all__ = ["check_layouts", "layout_to_proto"]
+__all__ = ["PROTOCOL_VERSION", "check_layouts", "check_versions", "layout_to_proto"]
+
+# Of KvService: grows when Pull, its events or what a transport expects of the other end changes its meaning.
+PROTOCOL_VERSION = 2
 
 
 def layout_to_proto(layout: KvLayout) -> kv_pb2.KvLayout:
@@ -17,6 +20,14 @@ def layout_to_proto(layout: KvLayout) -> kv_pb2.KvLayout:
         num_kv_heads=layout.num_kv_heads,
         head_dim=layout.head_dim,
     )
+
+
+def check_versions(theirs: int) -> None:
+    """Raises: FailedPrecondition, naming both versions, if they differ; reason VERSION_MISMATCH."""
+    if theirs != PROTOCOL_VERSION:
+        raise FailedPrecondition(
+            f"the KV protocol has version {PROTOCOL_VERSION} here and {theirs} there", reason="VERSION_MISMATCH"
+        )
 
 
 def check_layouts(mine: kv_pb2.KvLayout, theirs: kv_pb2.KvLayout) -> None:

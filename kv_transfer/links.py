@@ -4,19 +4,20 @@ import asyncio
 import contextlib
 import logging
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
 from typing import Protocol
 
 from grpc import aio
 
-from kv_transfer.choice import choose_transport
-from kv_transfer.layouts import check_layouts, layout_to_proto
-from kv_transfer.transport import BlockReceiver
+from kv_transfer.choice import Choice, choose_transport
+from kv_transfer.layouts import PROTOCOL_VERSION, check_layouts, check_versions, layout_to_proto
+from kv_transfer.rate import LinkRate, measure_bandwidth, measure_latency
+from kv_transfer.receivers import Receivers
 from kvrelay.control.membership import WorkerEntry
 from kvrelay.control.registry import WorkerRecord
 from kvrelay.engine.kv_cache import KvCache
 from kvrelay.errors import FailedPrecondition, KvrelayError, NotFound
-from kvrelay.request import WorkerRole
+from kvrelay.request import LinkStatus, WorkerRole
 from kvrelay.rpc import open_channel, translated
 from kvrelay.v1 import kv_pb2, kv_pb2_grpc
 
@@ -38,16 +39,31 @@ class Directory(Protocol):
 
 
 class Link:
-    """One start of a prefill worker, paired: both mean the same by a block and agree how blocks travel."""
+    """One start of a prefill worker, paired: both mean the same by a block and agree how blocks travel.
 
-    def __init__(self, record: WorkerRecord, channel: aio.Channel, receiver: BlockReceiver) -> None:
+    Attributes:
+        rate: how fast they travel; who pulls refines it.
+    """
+
+    def __init__(self, record: WorkerRecord, channel: aio.Channel, choice: Choice, latency: float) -> None:
         self.record = record
         self.channel = channel
-        self.receiver = receiver
+        self.receiver = choice.receiver
+        self.rate = LinkRate(choice.bandwidth, latency)
+        self._fallback = choice.fallback
         self.stub = kv_pb2_grpc.KvServiceStub(channel)
         self._num_users = 0
         self._unused = asyncio.Event()
         self._unused.set()
+
+    def status(self) -> LinkStatus:
+        return LinkStatus(
+            prefill_worker_id=self.record.worker_id,
+            transport=self.receiver.name,
+            bandwidth=self.rate.bandwidth,
+            latency=self.rate.latency,
+            fallback=self._fallback,
+        )
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
@@ -76,18 +92,28 @@ class Links:
 
     Args:
         worker_id: this decode worker's.
-        preference: "auto", "shm" or "grpc", as `kv_transfer.choice` has it.
+        preference: "auto" or a transport's name, as `kv_transfer.choice` has it.
+        required: names of the transports that auto may choose; empty for any.
 
     Attributes:
         epoch: this decode worker's; 0 until it has registered. Tells the prefill worker's log who it is.
     """
 
-    def __init__(self, directory: Directory, worker_id: str, cache: KvCache, preference: str = "auto") -> None:
+    def __init__(
+        self,
+        directory: Directory,
+        worker_id: str,
+        cache: KvCache,
+        preference: str = "auto",
+        required: Collection[str] = (),
+    ) -> None:
         self.epoch = 0
         self._directory = directory
         self._worker_id = worker_id
         self._cache = cache
         self._preference = preference
+        self._required = required
+        self._receivers = Receivers(cache)
         self._links: dict[str, Link] = {}
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._closing: dict[asyncio.Task[None], Link] = {}
@@ -99,17 +125,17 @@ class Links:
 
         Raises:
             NotFound: the registry does not know the worker; reason WORKER_UNKNOWN.
-            FailedPrecondition: it knows another epoch (STALE_EPOCH), the layouts differ (LAYOUT_MISMATCH), or the
-                forced transport cannot work.
+            FailedPrecondition: it knows another epoch (STALE_EPOCH), the protocols or layouts differ
+                (VERSION_MISMATCH, LAYOUT_MISMATCH), or no transport that may be used works (TRANSPORT_REFUSED).
             Unavailable, DeadlineExceeded: the worker does not answer.
         """
         link = await self._find(worker_id, epoch)
         with link.in_use():
             yield link
 
-    def status(self) -> list[tuple[str, str]]:
-        """Prefill worker id and transport of each link."""
-        return sorted((worker_id, link.receiver.name) for worker_id, link in self._links.items())
+    def status(self) -> list[LinkStatus]:
+        """Of each link, by prefill worker id."""
+        return [link.status() for _, link in sorted(self._links.items())]
 
     def follow(self) -> None:
         """Drops the links to who departed, and pairs with who has come; for `WorkerDirectory.on_change`."""
@@ -158,12 +184,12 @@ class Links:
         record = self._record(worker_id, epoch)
         async with self._locks[worker_id]:
             link = self._links.get(worker_id)
-            if link is not None and link.record.epoch == epoch:
+            if link is not None and link.record.epoch == epoch and link.receiver.usable:
                 return link
             if link is not None:
                 self._retire(worker_id)
             link = self._links[worker_id] = await self._connect(record)
-            log.info("paired with prefill worker %s, epoch %d: %s", worker_id, epoch, link.receiver.name)
+            log.info("paired with prefill worker %s, epoch %d: %s", worker_id, epoch, _describe(link.status()))
             return link
 
     async def _catch_up(self, worker_id: str, epoch: int) -> None:
@@ -186,26 +212,48 @@ class Links:
         channel = open_channel(record.address)
         async with contextlib.AsyncExitStack() as unless_paired:
             unless_paired.push_async_callback(channel.close, None)
-            await self._pair(record, kv_pb2_grpc.KvServiceStub(channel))
-            receiver = choose_transport(self._preference, record.shm, record.epoch, self._cache)
+            stub = kv_pb2_grpc.KvServiceStub(channel)
+            offered = await self._pair(record, stub)
+            latency = await measure_latency(lambda: _ping(stub))
+            openers = self._receivers.openers(record, stub)
+            choice = await choose_transport(self._preference, self._required, openers, offered, measure_bandwidth)
             unless_paired.pop_all()
-        return Link(record, channel, receiver)
+        return Link(record, channel, choice, latency)
 
-    async def _pair(self, record: WorkerRecord, stub: "kv_pb2_grpc.KvServiceAsyncStub") -> None:
+    async def _pair(self, record: WorkerRecord, stub: "kv_pb2_grpc.KvServiceAsyncStub") -> Collection[str]:
+        """Answers with the names of the transports that the prefill worker offers."""
         layout = layout_to_proto(self._cache.layout)
-        request = kv_pb2.PairRequest(decode_worker_id=self._worker_id, decode_epoch=self.epoch, layout=layout)
+        request = kv_pb2.PairRequest(
+            decode_worker_id=self._worker_id,
+            decode_epoch=self.epoch,
+            layout=layout,
+            protocol_version=PROTOCOL_VERSION,
+            transports=self._receivers.names,
+        )
         with translated():
             answer = await stub.Pair(request, timeout=PAIR_SECONDS)
         # Another process may have got the port of one that died.
         if (answer.prefill_worker_id, answer.prefill_epoch) != (record.worker_id, record.epoch):
             raise _stale_epoch(record.worker_id)
+        check_versions(answer.protocol_version)
         check_layouts(layout, answer.layout)
+        return tuple(answer.transports)
 
     def _retire(self, worker_id: str) -> None:
         link = self._links.pop(worker_id)
         task = asyncio.get_running_loop().create_task(link.close_when_unused())
         self._closing[task] = link
         task.add_done_callback(self._closing.pop)
+
+
+async def _ping(stub: "kv_pb2_grpc.KvServiceAsyncStub") -> None:
+    with translated():
+        async for _ in stub.Probe(kv_pb2.ProbeRequest(), timeout=PAIR_SECONDS):
+            pass
+
+
+def _describe(status: LinkStatus) -> str:
+    return f"{status}; no faster transport, because {status.fallback}" if status.fallback else str(status)
 
 
 def _stale_epoch(worker_id: str) -> FailedPrecondition:

@@ -11,6 +11,7 @@ from grpc import aio
 
 from kv_transfer.blocks import num_matching
 from kv_transfer.links import Link, Links
+from kv_transfer.sampling import CHECKSUM_MODES, verified_positions
 from kv_transfer.threads import run_on_blocks
 from kv_transfer.tickets import Ticket, open_ticket
 from kv_transfer.transport import TransferFailed
@@ -50,7 +51,8 @@ class Puller:
 
     Args:
         key: the cluster's, which authenticates tickets.
-        checksum: insist on a checksum for each block, and verify it.
+        checksum: "full" insists on a checksum of each block, and verifies it; "sampled" of about one in eight, and
+            then trusts no block of a pull in which one was wrong; "off" of none.
         clock: seconds.
     """
 
@@ -59,7 +61,7 @@ class Puller:
         links: Links,
         cache: KvCache,
         key: bytes,
-        checksum: bool = True,
+        checksum: str = "full",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._links = links
@@ -87,6 +89,7 @@ class Puller:
         except TransferFailed as failure:
             if failure.reason == "CHECKSUM_MISMATCH":
                 self._mismatches.add(1)
+                log.warning("from prefill worker %s: %s", opened.worker_id, failure.message)
             failure.verified_blocks = transfer.num_verified
             raise
         except KvrelayError as error:
@@ -118,7 +121,7 @@ class _Transfer:
         cache: KvCache,
         destination: Sequence[int],
         num_cached_blocks: int,
-        checksum: bool,
+        checksum: str,
         clock: Callable[[], float],
     ) -> None:
         self._cache = cache
@@ -129,6 +132,9 @@ class _Transfer:
         self._num_arrived = num_cached_blocks
         self._first_token_id: int | None = None
         self._complete_at = 0.0
+        self._taken_at = 0.0
+        self._bytes_timed = 0
+        self._seconds_receiving = 0.0
         self.num_verified = num_cached_blocks
 
     def check(self, ticket: Ticket) -> None:
@@ -140,58 +146,78 @@ class _Transfer:
 
     async def run(self, link: Link, data: bytes, ticket: Ticket) -> Pulled:
         transport = link.receiver.name
-        request = kv_pb2.PullRequest(ticket=data, skip_blocks=self._num_cached, transport=transport)
+        mode = CHECKSUM_MODES[self._checksum]
+        request = kv_pb2.PullRequest(ticket=data, skip_blocks=self._num_cached, transport=transport, checksum=mode)
         await failpoints.reach("transfer.before_pull")
         call = link.stub.Pull(request)
         try:
             with translated():
                 async for event in call:
-                    await self._take(event, link, ticket)
+                    await self._take(event, link, data, ticket)
         finally:
             call.cancel()
         if self._first_token_id is None:
             raise TransferFailed("the stream ended before the first token", reason="TRUNCATED")
         await failpoints.reach("transfer.before_release")
         await self._release(link, data)
+        link.rate.add(self._bytes_timed, self._seconds_receiving)
         await failpoints.reach("transfer.after_release")
         num_moved = len(self._destination) - self._num_cached
         num_bytes = num_moved * self._cache.layout.block_bytes
         return Pulled(self._first_token_id, num_bytes, num_moved, transport, self._complete_at, self._clock())
 
-    async def _take(self, event: kv_pb2.PullResponse, link: Link, ticket: Ticket) -> None:
+    async def _take(self, event: kv_pb2.PullResponse, link: Link, data: bytes, ticket: Ticket) -> None:
         if self._first_token_id is not None:
             raise _unexpected("an event after the first token")
         kind = event.WhichOneof("event")
         if kind == "ready":
-            await self._take_blocks(event.ready, link, ticket)
+            await self._take_blocks(event.ready, link, data, ticket)
         elif kind == "complete":
             self._take_first_token(event.complete)
         else:
             raise _unexpected("an event without content")
 
-    async def _take_blocks(self, ready: kv_pb2.ReadyBlocks, link: Link, ticket: Ticket) -> None:
+    async def _take_blocks(self, ready: kv_pb2.ReadyBlocks, link: Link, data: bytes, ticket: Ticket) -> None:
         total = len(self._destination)
         if ready.first != self._num_arrived or not 0 < ready.count <= total - self._num_arrived:
             raise _unexpected(f"{ready.count} blocks from {ready.first} on, with {self._num_arrived} of {total} here")
-        if self._checksum and len(ready.checksums) != ready.count:
-            raise _unexpected(f"{len(ready.checksums)} checksums for {ready.count} blocks")
+        mode = CHECKSUM_MODES[self._checksum]
+        verified = verified_positions(mode, data, ready.first, ready.count, total)
+        if len(ready.checksums) != len(verified):
+            raise _unexpected(f"{len(ready.checksums)} checksums for {ready.count} blocks, not {len(verified)}")
         end = ready.first + ready.count
         target = self._destination[ready.first : end]
-        await link.receiver.receive(ticket.block_ids[ready.first : end], target, ready.data)
+        started, payload = self._clock(), ready.data  # read once: each time the bytes are copied
+        await link.receiver.receive(ticket.block_ids[ready.first : end], target, payload)
+        self._note_time(ready, bool(payload), started)
         await failpoints.flip("transfer.received", lambda: self._cache.block_view(target[-1], 1))
-        if self._checksum:
-            await self._verify(target, ready.checksums)
+        await self._verify(verified, ready.checksums)
         await failpoints.reach("transfer.verified")
         self._num_arrived = end
 
-    async def _verify(self, target: Sequence[int], expected: Sequence[int]) -> None:
+    async def _verify(self, positions: Sequence[int], expected: Sequence[int]) -> None:
+        target = [self._destination[position] for position in positions]
         verify = functools.partial(num_matching, self._cache, target, expected)
         num_right = await run_on_blocks(self._cache, len(target), verify)
-        self.num_verified += num_right
+        if self._checksum == "full":  # else what lies between verified blocks may be wrong
+            self.num_verified += num_right
         if num_right < len(target):
             raise TransferFailed(
-                f"block {self.num_verified} of the ticket arrived with another checksum", reason="CHECKSUM_MISMATCH"
+                f"block {positions[num_right]} of the ticket arrived with another checksum", reason="CHECKSUM_MISMATCH"
             )
+
+    def _note_time(self, ready: kv_pb2.ReadyBlocks, came_along: bool, started: float) -> None:
+        """Counts the time in which a run was received, and none in which it was waited for.
+
+        What the receiver fetches is timed there. What came in an event was on its way since the one before, if it did
+        not have to wait for prefill.
+        """
+        now, before = self._clock(), self._taken_at
+        self._taken_at = now
+        if came_along and not (before and ready.followed_at_once):
+            return
+        self._seconds_receiving += now - (before if came_along else started)
+        self._bytes_timed += ready.count * self._cache.layout.block_bytes
 
     def _take_first_token(self, complete: kv_pb2.PrefillComplete) -> None:
         if self._num_arrived != len(self._destination):

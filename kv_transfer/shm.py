@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kv_transfer.blocks import contiguous_runs
-from kv_transfer.threads import run_on_blocks
-from kv_transfer.transport import TransferFailed
+from kv_transfer.threads import run_on_blocks, run_to_end
+from kv_transfer.transport import TransferFailed, check_fetch
 from kvrelay.control.registry import ShmOffer
 from kvrelay.engine.kv_cache import KvCache
 from kvrelay.engine.pool_header import HEADER_BYTES, PoolHeader
 from kvrelay.errors import FailedPrecondition
 
-__all__ = ["ShmReceiver", "ShmSender", "host_id", "offer_pool"]
+__all__ = ["ShmReceiver", "host_id", "offer_pool"]
 
 
 def host_id() -> str:
@@ -35,17 +35,11 @@ def offer_pool(cache: KvCache) -> ShmOffer | None:
     return ShmOffer(host_id(), os.getpid(), cache.fd, cache.size, cache.nonce.hex())
 
 
-class ShmSender:
-    """Sends nothing: the receiver reads for itself."""
-
-    def payload(self, block_ids: Sequence[int]) -> bytes:
-        return b""
-
-
 class ShmReceiver:
     """Reads another process's pool into the own. `open_pool` makes one."""
 
     name = "shm"
+    usable = True
 
     def __init__(self, fd: int, num_source_blocks: int, cache: KvCache) -> None:
         """Takes over `fd`, an open pool of `num_source_blocks` blocks of the same layout as `cache`."""
@@ -74,15 +68,19 @@ class ShmReceiver:
         return cls(fd, header.num_blocks, cache)
 
     async def receive(self, source_block_ids: Sequence[int], destination_block_ids: Sequence[int], data: bytes) -> None:
-        if data:
-            raise TransferFailed("bytes came that nobody asked for", reason="WRONG_LENGTH")
-        if not all(0 <= block_id < self._num_source_blocks for block_id in source_block_ids):
-            raise TransferFailed("the ticket names blocks that the pool does not have", reason="BLOCK_OUT_OF_RANGE")
+        check_fetch(source_block_ids, self._num_source_blocks, data)
         copy = functools.partial(self._copy, source_block_ids, destination_block_ids)
         await run_on_blocks(self._cache, len(destination_block_ids), copy)
 
+    async def probe(self, num_bytes: int) -> int:
+        return await run_to_end(functools.partial(self._read_into_scratch, num_bytes))
+
     def close(self) -> None:
         os.close(self._fd)
+
+    def _read_into_scratch(self, num_bytes: int) -> int:
+        scratch = memoryview(bytearray(min(num_bytes, self._num_source_blocks * self._cache.layout.block_bytes)))
+        return os.preadv(self._fd, [scratch], HEADER_BYTES)
 
     def _copy(self, source_block_ids: Sequence[int], destination_block_ids: Sequence[int]) -> None:
         block_bytes = self._cache.layout.block_bytes

@@ -7,7 +7,6 @@ from kv_transfer.handover import Handover
 from kv_transfer.leases import LeaseTable
 from kv_transfer.service import KvService
 from kv_transfer.tickets import sign_ticket
-from kvrelay.config import TransferSettings
 from kvrelay.engine.async_engine import AsyncEngine
 from kvrelay.engine.kv_cache import KvCache
 
@@ -24,13 +23,11 @@ class HandoverSource:
         service: for the worker's server.
     """
 
-    def __init__(
-        self, worker_id: str, engine: AsyncEngine, cache: KvCache, key: bytes, transfer: TransferSettings
-    ) -> None:
+    def __init__(self, worker_id: str, engine: AsyncEngine, cache: KvCache, key: bytes, lease_seconds: float) -> None:
         self._key = key
         self._expiry: asyncio.Task[None] | None = None
-        self.leases = LeaseTable(worker_id, transfer.lease_seconds, engine.generation, engine.abort)
-        self.service = KvService(self.leases, cache, key, transfer.checksum)
+        self.leases = LeaseTable(worker_id, lease_seconds, engine.generation, engine.abort)
+        self.service = KvService(self.leases, cache, key)
 
     def begin(self, epoch: int) -> None:
         """The worker has this epoch from now on; what was granted in a former one holds nothing."""

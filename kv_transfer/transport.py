@@ -7,7 +7,7 @@ which blocks are final; a sender may put their bytes into the event, else the re
 from collections.abc import Sequence
 from typing import Protocol
 
-__all__ = ["BlockReceiver", "BlockSender", "TransferFailed"]
+__all__ = ["BlockReceiver", "BlockSender", "FetchedSender", "TransferFailed", "check_fetch"]
 
 
 class TransferFailed(Exception):
@@ -26,10 +26,38 @@ class TransferFailed(Exception):
 
 
 class BlockSender(Protocol):
-    """The prefill worker's side."""
+    """The prefill worker's side.
+
+    Attributes:
+        max_event_bytes: so many bytes of blocks are best named by one event.
+    """
+
+    @property
+    def max_event_bytes(self) -> int: ...
 
     def payload(self, block_ids: Sequence[int]) -> bytes:
         """The blocks' bytes for an event; empty if the receiver fetches them itself. May be called in a thread."""
+
+
+class FetchedSender:
+    """Sends nothing: the receiver reads for itself."""
+
+    max_event_bytes = 16 << 20  # each event costs a round through two event loops, and its bytes nothing
+
+    def payload(self, block_ids: Sequence[int]) -> bytes:
+        return b""
+
+
+def check_fetch(source_block_ids: Sequence[int], num_source_blocks: int, data: bytes) -> None:
+    """What a receiver that reads the prefill worker's pool itself checks before it reads.
+
+    Raises:
+        TransferFailed: the event has a payload, or a block is not in the pool.
+    """
+    if data:
+        raise TransferFailed("bytes came that nobody asked for", reason="WRONG_LENGTH")
+    if not all(0 <= block_id < num_source_blocks for block_id in source_block_ids):
+        raise TransferFailed("the ticket names blocks that the pool does not have", reason="BLOCK_OUT_OF_RANGE")
 
 
 class BlockReceiver(Protocol):
@@ -37,9 +65,14 @@ class BlockReceiver(Protocol):
 
     Attributes:
         name: of the transport, as `PullRequest.transport` has it.
+        usable: False once the way is broken for good, so that the pair needs a new one.
     """
 
-    name: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def usable(self) -> bool: ...
 
     async def receive(self, source_block_ids: Sequence[int], destination_block_ids: Sequence[int], data: bytes) -> None:
         """Brings blocks of the prefill worker's pool into blocks of the own; when it returns, they are there.
@@ -51,6 +84,13 @@ class BlockReceiver(Protocol):
 
         Raises:
             TransferFailed: the destination's content is undefined.
+        """
+
+    async def probe(self, num_bytes: int) -> int:
+        """Brings about so many bytes of the prefill worker's into memory that nobody uses; answers how many.
+
+        Raises:
+            TransferFailed, KvrelayError: the way does not work.
         """
 
     def close(self) -> None:

@@ -172,7 +172,7 @@ def _print_status(status: ClusterStatus) -> None:
             str(worker.blocks_held),
             f"{worker.memory_bytes >> 20} MiB",
             str(worker.pid),
-            ", ".join(f"{link.prefill_worker_id} by {link.transport}" for link in worker.links),
+            "; ".join(map(str, worker.links)),
         )
         for worker in status.workers
     ]

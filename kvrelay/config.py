@@ -171,9 +171,16 @@ class TransferSettings:
     """The handover of KV blocks."""
 
     transport: str = setting(
-        "auto", "how blocks travel; auto takes the fastest that both ends share", choices=("auto", "shm", "grpc")
+        "auto",
+        "how blocks travel; auto takes the fastest that both ends share",
+        choices=("auto", "shm", "nixl", "cuda_ipc", "grpc"),
     )
-    checksum: bool = setting(True, "verify an XXH3 checksum of each block that was moved")
+    require_transport: str = setting("", "transports that auto may choose, comma-separated; empty allows all")
+    checksum: str = setting(
+        "full",
+        "which blocks that were moved are verified by an XXH3 checksum: all, one in eight, or none",
+        choices=("full", "sampled", "off"),
+    )
     lease_seconds: float = setting(30.0, "how long blocks are held for a decode worker that is silent", minimum=0.1)
 
 

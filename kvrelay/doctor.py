@@ -12,6 +12,7 @@ from kvrelay.client.connection_errors import readable_connection_errors
 from kvrelay.control.private_redis import find_redis_server
 from kvrelay.engine.checkpoint import check_checkpoint, resolve_checkpoint
 from kvrelay.errors import ConfigurationError, KvrelayError
+from kvrelay.request import LinkStatus
 
 __all__ = ["Finding", "examine"]
 
@@ -54,9 +55,10 @@ def _torch() -> Finding:
 
 
 def _shared_memory() -> Finding:
+    between = "nixl or grpc" if importlib.util.find_spec("nixl") else "grpc"
     if not hasattr(os, "memfd_create"):
-        return Finding("transport", True, "grpc only: this system has no memfd for the shm transport")
-    return Finding("transport", True, "shm between workers on this host, grpc between hosts")
+        return Finding("transport", True, f"{between} only: this system has no memfd for the shm transport")
+    return Finding("transport", True, f"shm between workers on this host, {between} between hosts")
 
 
 def _model(name: str) -> str:
@@ -75,6 +77,10 @@ def _cluster(target: str | None) -> Iterator[Finding]:
             yield Finding("cluster", target is None, f"not reached: {error.message}")
             return
     for worker in status.workers:
-        links = ", ".join(f"{link.prefill_worker_id} by {link.transport}" for link in worker.links)
+        links = "; ".join(map(_link, worker.links))
         text = f"{worker.state.value}, {worker.blocks_free} of {worker.blocks_total} blocks free"
         yield Finding(worker.id, worker.state.value == "ready", text + (f", blocks from {links}" if links else ""))
+
+
+def _link(link: LinkStatus) -> str:
+    return f"{link} (no faster transport: {link.fallback})" if link.fallback else str(link)

@@ -15,7 +15,7 @@ from kvrelay.config import Settings
 from kvrelay.control.connection import connect
 from kvrelay.control.directory import WorkerDirectory
 from kvrelay.control.registration import Registration
-from kvrelay.control.registry import ModelInfo, ShmOffer, WorkerLoad, WorkerRecord
+from kvrelay.control.registry import LinkRecord, ModelInfo, ShmOffer, WorkerLoad, WorkerRecord
 from kvrelay.engine.async_engine import AsyncEngine
 from kvrelay.engine.block_pool import BlockPool
 from kvrelay.engine.checkpoint import check_checkpoint, resolve_checkpoint
@@ -244,6 +244,10 @@ class _Worker(worker_pb2_grpc.WorkerServiceServicer):
             blocks_free=load.blocks_free,
             waiting_tokens=load.waiting_tokens,
             prefill_rate=load.prefill_rate,
+            links=tuple(
+                LinkRecord(link.prefill_worker_id, link.transport, link.bandwidth, link.latency)
+                for link in self._part.links()
+            ),
         )
 
     async def GetStatus(self, request: worker_pb2.GetStatusRequest, context: Any) -> worker_pb2.GetStatusResponse:

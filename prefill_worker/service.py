@@ -33,7 +33,11 @@ class PrefillWorker(worker_pb2_grpc.PrefillServiceServicer):
         self.worker_id = resources.worker_id
         self._cache = resources.runner.cache
         self.source = HandoverSource(
-            self.worker_id, self.engine, self._cache, resources.cluster_key, resources.settings.transfer
+            self.worker_id,
+            self.engine,
+            self._cache,
+            resources.cluster_key,
+            resources.settings.transfer.lease_seconds,
         )
 
     @property

@@ -21,6 +21,7 @@ __all__ = [
     "LEASE_SECONDS",
     "GatewayRecord",
     "Lease",
+    "LinkRecord",
     "ModelInfo",
     "RejectedLease",
     "ShmOffer",
@@ -134,12 +135,32 @@ class GatewayRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class LinkRecord:
+    """How fast a prefill worker's blocks reach a decode worker.
+
+    Attributes:
+        bandwidth: bytes per second; 0 if unknown.
+        latency: seconds of a round trip; 0 if unknown.
+    """
+
+    prefill_worker_id: str
+    transport: str
+    bandwidth: float
+    latency: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.bandwidth < math.inf or not 0 <= self.latency < math.inf:
+            raise ValueError("bandwidth, latency: negative or not finite")
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerLoad:
     """How loaded a worker is.
 
     Attributes:
         waiting_tokens: prompt tokens that are queued or running and not computed yet.
         prefill_rate: prompt tokens computed per second, as measured; 0 while unknown.
+        links: of a decode worker, one for each prefill worker that it is paired with.
     """
 
     state: WorkerState
@@ -149,6 +170,7 @@ class WorkerLoad:
     blocks_free: int
     waiting_tokens: int
     prefill_rate: float = 0.0
+    links: tuple[LinkRecord, ...] = ()
 
     def __post_init__(self) -> None:
         _require_counts(self, "running", "waiting", "blocks_total", "blocks_free", "waiting_tokens", "prefill_rate")

@@ -17,7 +17,7 @@ _Value = TypeVar("_Value")
 
 
 def from_json(kind: type[_Value], value: object) -> _Value:
-    """A `kind` made of what `json.loads` returned: a dataclass of scalars, enums and such dataclasses.
+    """A `kind` made of what `json.loads` returned: a dataclass of scalars, enums, such dataclasses, and tuples of one.
 
     Raises:
         ValueError: naming the field that is missing or has another type, or by the dataclass's own check.
@@ -29,6 +29,11 @@ def _decode(kind: Any, value: object, place: str) -> object:
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         (inner,) = (part for part in typing.get_args(kind) if part is not types.NoneType)
         return None if value is None else _decode(inner, value, place)
+    if typing.get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{place}: not a list")
+        inner = typing.get_args(kind)[0]
+        return tuple(_decode(inner, each, f"{place}[{index}]") for index, each in enumerate(value))
     if dataclasses.is_dataclass(kind):
         return _decode_dataclass(kind, value, place)
     if isinstance(kind, type) and issubclass(kind, enum.Enum):

@@ -111,10 +111,27 @@ class KvCache:
         """
         if self._memory is None:
             raise ValueError("the KV pool is not in the CPU's memory")
-        if first < 0 or count < 0 or first + count > self.num_blocks:
-            raise ValueError(f"no blocks {first} to {first + count} in a pool of {self.num_blocks}")
+        self._check_range(first, count)
         start = HEADER_BYTES + first * self.layout.block_bytes
         return memoryview(self._memory)[start : start + count * self.layout.block_bytes]
+
+    @property
+    def block_bytes(self) -> torch.Tensor:
+        """The pool as bytes, `[num_blocks, layout.block_bytes]`."""
+        return self._bytes
+
+    def block_address(self, first: int, count: int) -> int:
+        """Where `count` blocks from `first` on begin, for who copies by address.
+
+        Raises:
+            ValueError: the pool has no such blocks.
+        """
+        self._check_range(first, count)
+        return self._bytes.data_ptr() + first * self.layout.block_bytes
+
+    def _check_range(self, first: int, count: int) -> None:
+        if first < 0 or count < 0 or first + count > self.num_blocks:
+            raise ValueError(f"no blocks {first} to {first + count} in a pool of {self.num_blocks}")
 
     def close(self) -> None:
         """Closes the memfd. The mapping goes when nobody uses its tensors and views any more."""

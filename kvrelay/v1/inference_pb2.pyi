@@ -251,12 +251,18 @@ class WorkerStatus(_message.Message):
     def __init__(self, id: _Optional[str] = ..., role: _Optional[_Union[WorkerRole, str]] = ..., pid: _Optional[int] = ..., address: _Optional[str] = ..., epoch: _Optional[int] = ..., state: _Optional[_Union[WorkerState, str]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_held: _Optional[int] = ..., memory_bytes: _Optional[int] = ..., links: _Optional[_Iterable[_Union[LinkStatus, _Mapping]]] = ..., preemptions: _Optional[int] = ...) -> None: ...
 
 class LinkStatus(_message.Message):
-    __slots__ = ("prefill_worker_id", "transport")
+    __slots__ = ("prefill_worker_id", "transport", "bandwidth", "latency", "fallback")
     PREFILL_WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    BANDWIDTH_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_FIELD_NUMBER: _ClassVar[int]
+    FALLBACK_FIELD_NUMBER: _ClassVar[int]
     prefill_worker_id: str
     transport: str
-    def __init__(self, prefill_worker_id: _Optional[str] = ..., transport: _Optional[str] = ...) -> None: ...
+    bandwidth: float
+    latency: float
+    fallback: str
+    def __init__(self, prefill_worker_id: _Optional[str] = ..., transport: _Optional[str] = ..., bandwidth: _Optional[float] = ..., latency: _Optional[float] = ..., fallback: _Optional[str] = ...) -> None: ...
 
 class GatewayStatus(_message.Message):
     __slots__ = ("id", "address", "pid")

@@ -40,6 +40,16 @@ class KvServiceStub:
                 request_serializer=kvrelay_dot_v1_dot_kv__pb2.PairRequest.SerializeToString,
                 response_deserializer=kvrelay_dot_v1_dot_kv__pb2.PairResponse.FromString,
                 _registered_method=True)
+        self.Export = channel.unary_unary(
+                '/kvrelay.v1.KvService/Export',
+                request_serializer=kvrelay_dot_v1_dot_kv__pb2.ExportRequest.SerializeToString,
+                response_deserializer=kvrelay_dot_v1_dot_kv__pb2.ExportResponse.FromString,
+                _registered_method=True)
+        self.Probe = channel.unary_stream(
+                '/kvrelay.v1.KvService/Probe',
+                request_serializer=kvrelay_dot_v1_dot_kv__pb2.ProbeRequest.SerializeToString,
+                response_deserializer=kvrelay_dot_v1_dot_kv__pb2.ProbeResponse.FromString,
+                _registered_method=True)
         self.Pull = channel.unary_stream(
                 '/kvrelay.v1.KvService/Pull',
                 request_serializer=kvrelay_dot_v1_dot_kv__pb2.PullRequest.SerializeToString,
@@ -57,7 +67,23 @@ class KvServiceServicer:
     """
 
     def Pair(self, request, context):
-        """Once per pair of workers: proves that both mean the same by a block. FAILED_PRECONDITION if they do not.
+        """Once per pair of workers: proves that both speak the same protocol and mean the same by a block, and says how blocks
+        can travel. FAILED_PRECONDITION if they do not.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Export(self, request, context):
+        """What the decode worker needs to read the pool itself, by a transport that Pair has named. Prepared when it is first
+        asked for. FAILED_PRECONDITION if it cannot be.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Probe(self, request, context):
+        """Streams so many bytes that mean nothing, for measuring the way. INVALID_ARGUMENT for more than 16 MiB.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -85,6 +111,16 @@ def add_KvServiceServicer_to_server(servicer, server):
                     servicer.Pair,
                     request_deserializer=kvrelay_dot_v1_dot_kv__pb2.PairRequest.FromString,
                     response_serializer=kvrelay_dot_v1_dot_kv__pb2.PairResponse.SerializeToString,
+            ),
+            'Export': grpc.unary_unary_rpc_method_handler(
+                    servicer.Export,
+                    request_deserializer=kvrelay_dot_v1_dot_kv__pb2.ExportRequest.FromString,
+                    response_serializer=kvrelay_dot_v1_dot_kv__pb2.ExportResponse.SerializeToString,
+            ),
+            'Probe': grpc.unary_stream_rpc_method_handler(
+                    servicer.Probe,
+                    request_deserializer=kvrelay_dot_v1_dot_kv__pb2.ProbeRequest.FromString,
+                    response_serializer=kvrelay_dot_v1_dot_kv__pb2.ProbeResponse.SerializeToString,
             ),
             'Pull': grpc.unary_stream_rpc_method_handler(
                     servicer.Pull,
@@ -125,6 +161,60 @@ class KvService:
             '/kvrelay.v1.KvService/Pair',
             kvrelay_dot_v1_dot_kv__pb2.PairRequest.SerializeToString,
             kvrelay_dot_v1_dot_kv__pb2.PairResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Export(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/kvrelay.v1.KvService/Export',
+            kvrelay_dot_v1_dot_kv__pb2.ExportRequest.SerializeToString,
+            kvrelay_dot_v1_dot_kv__pb2.ExportResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Probe(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/kvrelay.v1.KvService/Probe',
+            kvrelay_dot_v1_dot_kv__pb2.ProbeRequest.SerializeToString,
+            kvrelay_dot_v1_dot_kv__pb2.ProbeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -34,7 +34,15 @@ class KvServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> KvServiceAsyncStub: ...
     Pair: _grpc.UnaryUnaryMultiCallable[_kv_pb2.PairRequest, _kv_pb2.PairResponse]
-    """Once per pair of workers: proves that both mean the same by a block. FAILED_PRECONDITION if they do not."""
+    """Once per pair of workers: proves that both speak the same protocol and mean the same by a block, and says how blocks
+    can travel. FAILED_PRECONDITION if they do not.
+    """
+    Export: _grpc.UnaryUnaryMultiCallable[_kv_pb2.ExportRequest, _kv_pb2.ExportResponse]
+    """What the decode worker needs to read the pool itself, by a transport that Pair has named. Prepared when it is first
+    asked for. FAILED_PRECONDITION if it cannot be.
+    """
+    Probe: _grpc.UnaryStreamMultiCallable[_kv_pb2.ProbeRequest, _kv_pb2.ProbeResponse]
+    """Streams so many bytes that mean nothing, for measuring the way. INVALID_ARGUMENT for more than 16 MiB."""
     Pull: _grpc.UnaryStreamMultiCallable[_kv_pb2.PullRequest, _kv_pb2.PullResponse]
     """Streams the ticket's blocks in order as prefill completes them, then the first token.
     FAILED_PRECONDITION for a stale epoch or generation, NOT_FOUND for a ticket that holds nothing (any more).
@@ -48,7 +56,15 @@ class KvServiceAsyncStub(KvServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Pair: _aio.UnaryUnaryMultiCallable[_kv_pb2.PairRequest, _kv_pb2.PairResponse]  # type: ignore[assignment]
-    """Once per pair of workers: proves that both mean the same by a block. FAILED_PRECONDITION if they do not."""
+    """Once per pair of workers: proves that both speak the same protocol and mean the same by a block, and says how blocks
+    can travel. FAILED_PRECONDITION if they do not.
+    """
+    Export: _aio.UnaryUnaryMultiCallable[_kv_pb2.ExportRequest, _kv_pb2.ExportResponse]  # type: ignore[assignment]
+    """What the decode worker needs to read the pool itself, by a transport that Pair has named. Prepared when it is first
+    asked for. FAILED_PRECONDITION if it cannot be.
+    """
+    Probe: _aio.UnaryStreamMultiCallable[_kv_pb2.ProbeRequest, _kv_pb2.ProbeResponse]  # type: ignore[assignment]
+    """Streams so many bytes that mean nothing, for measuring the way. INVALID_ARGUMENT for more than 16 MiB."""
     Pull: _aio.UnaryStreamMultiCallable[_kv_pb2.PullRequest, _kv_pb2.PullResponse]  # type: ignore[assignment]
     """Streams the ticket's blocks in order as prefill completes them, then the first token.
     FAILED_PRECONDITION for a stale epoch or generation, NOT_FOUND for a ticket that holds nothing (any more).
@@ -65,7 +81,27 @@ class KvServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _kv_pb2.PairRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_kv_pb2.PairResponse, _abc.Awaitable[_kv_pb2.PairResponse]]:
-        """Once per pair of workers: proves that both mean the same by a block. FAILED_PRECONDITION if they do not."""
+        """Once per pair of workers: proves that both speak the same protocol and mean the same by a block, and says how blocks
+        can travel. FAILED_PRECONDITION if they do not.
+        """
+
+    @_abc_1.abstractmethod
+    def Export(
+        self,
+        request: _kv_pb2.ExportRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_kv_pb2.ExportResponse, _abc.Awaitable[_kv_pb2.ExportResponse]]:
+        """What the decode worker needs to read the pool itself, by a transport that Pair has named. Prepared when it is first
+        asked for. FAILED_PRECONDITION if it cannot be.
+        """
+
+    @_abc_1.abstractmethod
+    def Probe(
+        self,
+        request: _kv_pb2.ProbeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_kv_pb2.ProbeResponse], _abc.AsyncIterator[_kv_pb2.ProbeResponse]]:
+        """Streams so many bytes that mean nothing, for measuring the way. INVALID_ARGUMENT for more than 16 MiB."""
 
     @_abc_1.abstractmethod
     def Pull(

@@ -111,7 +111,7 @@ class Servicer(inference_pb2_grpc.InferenceServiceServicer):
             blocks_free=6,
             blocks_held=4,
             memory_bytes=1 << 30,
-            links=[pb.LinkStatus(prefill_worker_id="prefill-0", transport="shm")],
+            links=[pb.LinkStatus(prefill_worker_id="p", transport="grpc", bandwidth=2e9, latency=0.5, fallback="far")],
         )
         return pb.GetClusterStatusResponse(
             workers=[worker, pb.WorkerStatus(id="of-the-future", role=99, state=99)],
@@ -240,7 +240,7 @@ async def test_the_cluster_is_described(driver: Driver) -> None:
         blocks_free=6,
         blocks_held=4,
         memory_bytes=1 << 30,
-        links=(LinkStatus("prefill-0", "shm"),),
+        links=(LinkStatus("p", "grpc", bandwidth=2e9, latency=0.5, fallback="far"),),
     )
     status = await driver.call("status")
     assert isinstance(status, ClusterStatus)

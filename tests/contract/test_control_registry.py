@@ -1,6 +1,7 @@
 """Registration and directory over real servers: leases, epochs, forgeries, outages."""
 
 import asyncio
+import json
 import logging
 import os
 import signal
@@ -16,7 +17,18 @@ from kvrelay.control.connection import connect
 from kvrelay.control.directory import WorkerDirectory
 from kvrelay.control.private_redis import PrivateRedis
 from kvrelay.control.registration import Registration
-from kvrelay.control.registry import GatewayRecord, Lease, ModelInfo, ShmOffer, WorkerLoad, WorkerRecord, seal_lease
+from kvrelay.control.registry import (
+    GatewayRecord,
+    Lease,
+    LinkRecord,
+    ModelInfo,
+    ShmOffer,
+    WorkerLoad,
+    WorkerRecord,
+    open_lease,
+    seal_lease,
+)
+from kvrelay.control.strict_json import from_json
 from kvrelay.errors import FailedPrecondition, Unavailable
 from kvrelay.request import WorkerRole, WorkerState
 
@@ -283,14 +295,60 @@ async def test_malformed_records_are_refused(redis: Redis, directory: WorkerDire
         replace_unchecked(WORKER, model=None),
         replace_unchecked(WORKER, shm=17),
     ]
-    for record in bad:
+    for record, load in [
+        *((record, LOAD) for record in bad),
+        *((replace(WORKER, epoch=1), load) for load in BAD_LOADS),
+    ]:
         num_rejected = directory.num_rejected
-        text = seal_lease(Lease(record, 1, LOAD), KEY)
+        text = seal_lease(Lease(record, 1, load), KEY)
         await redis.set("kvrelay:lease:worker:w1", text)
         await redis.sadd("kvrelay:members", "worker:w1")
         await until_gone(redis, "kvrelay:lease:worker:w1")
         assert directory.num_rejected == num_rejected + 1
     assert directory.snapshot() == {}
+
+
+def test_a_heartbeat_carries_the_links() -> None:
+    links = (LinkRecord("prefill-0", "shm", 3.1e9, 0.0004), LinkRecord("prefill-1", "nixl", 0.0, 0.0))
+    load = replace(LOAD, links=links)
+    assert open_lease("worker:w1", seal_lease(Lease(WORKER, 1, load), KEY), KEY).load == load
+    assert open_lease("worker:w1", seal_lease(Lease(WORKER, 1, LOAD), KEY), KEY).load == LOAD
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_a_rate_is_a_finite_number(value: float) -> None:
+    for field in ("bandwidth", "latency"):
+        with pytest.raises(ValueError, match="not finite"):
+            replace(LinkRecord("prefill-0", "shm", 1.0, 1.0), **{field: value})
+
+
+def test_a_lease_of_an_older_worker_has_no_links() -> None:
+    body = json.loads(seal_lease(Lease(WORKER, 1, LOAD), KEY).partition(".")[2])
+    del body["load"]["links"]
+    assert from_json(WorkerLoad, body["load"]) == LOAD
+
+
+def _bad_load(links: object) -> WorkerLoad:
+    load = replace(LOAD)
+    object.__setattr__(load, "links", links)
+    return load
+
+
+def _spoiled_link(**fields: object) -> LinkRecord:
+    link = LinkRecord("prefill-0", "shm", 1.0, 1.0)
+    for name, value in fields.items():
+        object.__setattr__(link, name, value)
+    return link
+
+
+BAD_LOADS = [
+    _bad_load(17),
+    _bad_load("shm"),
+    _bad_load((17,)),
+    _bad_load((_spoiled_link(bandwidth=-1.0),)),
+    _bad_load((_spoiled_link(latency="0.1"),)),
+    _bad_load((_spoiled_link(transport=None),)),
+]
 
 
 def replace_unchecked(record: WorkerRecord, **fields: object) -> WorkerRecord:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from transport_kit import EPOCH, NUM_BLOCKS, Pair, pair, until
+from transport_kit import EPOCH, NUM_BLOCKS, TRANSPORTS, Pair, pair, until
 
 from kv_transfer import threads
 from kv_transfer.handover import EndReason
@@ -15,7 +15,6 @@ from kv_transfer.transport import TransferFailed
 from kvrelay.engine.kv_cache import KvCache
 from kvrelay.v1 import kv_pb2
 
-PREFERENCES = ["shm", "grpc"]
 TABLES = {
     "contiguous": (range(10, 30), range(5, 25)),
     "scattered": ([9, 3, 4, 5, 60, 1, 0, 63], [7, 8, 30, 31, 32, 2, 63, 11]),
@@ -23,7 +22,7 @@ TABLES = {
 }
 
 
-@pytest.fixture(params=PREFERENCES)
+@pytest.fixture(params=TRANSPORTS)
 async def workers(request: pytest.FixtureRequest) -> Any:
     async with pair(request.param) as both:
         yield both
@@ -39,12 +38,14 @@ async def test_bytes_arrive(workers: Pair, tables: tuple[Sequence[int], Sequence
     assert (pulled.first_token_id, pulled.num_blocks) == (42, len(source))
     assert pulled.num_bytes == len(source) * workers.decode.cache.layout.block_bytes
     assert pulled.complete_at <= pulled.whole_at
-    assert workers.decode.links.status() == [("prefill-0", pulled.transport)]
+    assert [(link.prefill_worker_id, link.transport) for link in workers.decode.links.status()] == [
+        ("prefill-0", pulled.transport)
+    ]
     assert workers.prefill.freed == ["r1"]
     assert len(workers.prefill.leases) == 0
 
 
-@pytest.mark.parametrize("preference", PREFERENCES)
+@pytest.mark.parametrize("preference", TRANSPORTS)
 async def test_large_run_comes_in_several_events(preference: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kv_transfer.service.MAX_RUN_BYTES", 3 * 8192 + 1)
     async with pair(preference) as workers:
@@ -84,16 +85,16 @@ async def test_many_pulls_at_once(workers: Pair) -> None:
     assert sorted(workers.prefill.freed) == sorted(f"r{n}" for n in range(16))
 
 
-@pytest.mark.parametrize("preference", PREFERENCES)
+@pytest.mark.parametrize("preference", TRANSPORTS)
 async def test_without_checksums(preference: str) -> None:
-    async with pair(preference, checksum=False) as workers:
+    async with pair(preference, checksum="off") as workers:
         await workers.decode.puller.pull(workers.prefill.grant_complete(range(8)), range(8), 0)
         assert workers.same(range(8), range(8))
 
 
-@pytest.mark.parametrize("preference", PREFERENCES)
+@pytest.mark.parametrize("preference", TRANSPORTS)
 async def test_without_checksums_nothing_counts_before_the_release(preference: str) -> None:
-    async with pair(preference, checksum=False) as workers:
+    async with pair(preference, checksum="off") as workers:
         ticket = workers.prefill.grant_complete(range(8))
         workers.prefill.tamper = lambda event: [event] if event.HasField("ready") else []
         with pytest.raises(TransferFailed) as caught:
@@ -168,7 +169,7 @@ class Halt:
     def __init__(self, cache: KvCache, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(threads, "INLINE_BYTES", -1)
         self.entered, self.resume, self.left = threading.Event(), threading.Event(), threading.Event()
-        for name in ("block_view", "write_blocks"):
+        for name in ("block_view", "block_address", "write_blocks"):
             monkeypatch.setattr(cache, name, self._halting(getattr(cache, name)))
 
     def _halting(self, act: Callable[..., Any]) -> Callable[..., Any]:
@@ -255,7 +256,7 @@ async def test_a_worker_that_comes_is_paired_with_before_anybody_asks(workers: P
     decode.links.epoch = EPOCH
     decode.links.follow()
     decode.links.follow()
-    await until(lambda: [name for name, _ in decode.links.status()] == ["prefill-0"])
+    await until(lambda: [link.prefill_worker_id for link in decode.links.status()] == ["prefill-0"])
     assert prefill.num_pairings == 1
     await decode.puller.pull(prefill.grant_complete(range(4)), range(4), 0)
     assert prefill.num_pairings == 1

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from transport_kit import EPOCH, KEY, LAYOUT, Decode, Pair, Prefill, Registry, decode_worker, pair
+from transport_kit import EPOCH, KEY, LAYOUT, TRANSPORTS, Decode, Pair, Prefill, Registry, decode_worker, pair
 
 from kv_transfer.blocks import checksums
 from kv_transfer.tickets import open_ticket, sign_ticket
@@ -15,11 +15,10 @@ from kvrelay.engine.kv_cache import KvCache
 from kvrelay.engine.kv_layout import KvLayout
 from kvrelay.v1 import kv_pb2
 
-PREFERENCES = ["shm", "grpc"]
 Events = list[kv_pb2.PullResponse]
 
 
-@pytest.fixture(params=PREFERENCES)
+@pytest.fixture(params=TRANSPORTS)
 async def workers(request: pytest.FixtureRequest) -> Any:
     async with pair(request.param) as both:
         yield both
@@ -143,13 +142,6 @@ async def test_event_after_the_first_token(workers: Pair) -> None:
     workers.prefill.tamper = lambda event: [event, event] if event.HasField("complete") else [event]
     failed = await failure(workers.decode, workers.prefill.grant_complete(range(8)), range(8))
     assert (failed.reason, failed.verified_blocks) == ("UNEXPECTED_EVENT", 8)
-
-
-async def test_checksums_are_insisted_on() -> None:
-    prefill = Prefill(checksum=False)
-    async with prefill.serving(), decode_worker(Registry(prefill.record), "grpc") as decode:
-        failed = await failure(decode, prefill.grant_complete(range(8)), range(8))
-        assert (failed.reason, failed.verified_blocks) == ("UNEXPECTED_EVENT", 0)
 
 
 # Tickets that are wrong
@@ -284,7 +276,7 @@ async def test_released_ticket_cannot_be_replayed(workers: Pair) -> None:
         ("head_dim", 32),
     ],
 )
-@pytest.mark.parametrize("preference", PREFERENCES)
+@pytest.mark.parametrize("preference", TRANSPORTS)
 async def test_layouts_differ(preference: str, field: str, value: Any) -> None:
     prefill = Prefill()
     layout: KvLayout = replace(LAYOUT, **{field: value})

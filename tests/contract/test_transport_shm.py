@@ -2,31 +2,21 @@
 
 import asyncio
 import contextlib
-import json
 import os
 import struct
-import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transport_kit import EPOCH, LAYOUT, Prefill, Registry, decode_worker, pair, until
+from transport_kit import EPOCH, LAYOUT, TRANSPORTS, Prefill, Registry, decode_worker, pair, prefill_process, until
 
-from kv_transfer.choice import choose_transport
 from kv_transfer.shm import ShmReceiver, host_id, offer_pool
 from kv_transfer.transport import TransferFailed
-from kvrelay.control.registry import WorkerRecord
 from kvrelay.engine.kv_cache import KvCache
 from kvrelay.errors import FailedPrecondition
-from kvrelay.request import WorkerRole
 from kvrelay.wire import error_to_status
-
-PROCESS = Path(__file__).with_name("transport_process.py")
 
 
 @pytest.fixture
@@ -66,13 +56,12 @@ SPOILED = {
 @pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED.keys())
 def test_pool_that_is_not_what_was_offered(prefill: Prefill, cache: KvCache, spoil: Any) -> None:
     offer = offer_pool(prefill.cache)
-    choose_transport("shm", offer, EPOCH, cache).close()
+    ShmReceiver.open_pool(offer, EPOCH, cache).close()
     spoiled = spoil(prefill, offer)
     offer = spoiled if isinstance(spoiled, type(offer)) else offer
     num_open = _times_open(prefill.cache)
-    assert choose_transport("auto", offer, EPOCH, cache).name == "grpc"
     with pytest.raises(FailedPrecondition) as caught:
-        choose_transport("shm", offer, EPOCH, cache)
+        ShmReceiver.open_pool(offer, EPOCH, cache)
     assert caught.value.reason == "SHM_UNAVAILABLE"
     assert error_to_status(caught.value).code == 9
     assert _times_open(prefill.cache) == num_open
@@ -82,20 +71,16 @@ def test_offered_file_that_is_a_pipe(prefill: Prefill, cache: KvCache) -> None:
     reader, writer = os.pipe()
     try:
         offer = replace(offer_pool(prefill.cache), fd=writer)
-        assert choose_transport("auto", offer, EPOCH, cache).name == "grpc"
+        with pytest.raises(FailedPrecondition, match="another size"):
+            ShmReceiver.open_pool(offer, EPOCH, cache)
     finally:
         os.close(reader)
         os.close(writer)
 
 
 def test_no_offer(cache: KvCache) -> None:
-    assert choose_transport("auto", None, EPOCH, cache).name == "grpc"
-    with pytest.raises(FailedPrecondition):
-        choose_transport("shm", None, EPOCH, cache)
-
-
-def test_grpc_is_not_tried_out(prefill: Prefill, cache: KvCache) -> None:
-    assert choose_transport("grpc", offer_pool(prefill.cache), EPOCH, cache).name == "grpc"
+    with pytest.raises(FailedPrecondition, match="does not offer"):
+        ShmReceiver.open_pool(None, EPOCH, cache)
 
 
 def test_host_id_holds_boot_and_pid_namespace() -> None:
@@ -147,32 +132,6 @@ async def test_closed_links_leave_no_file_open() -> None:
 # A prefill worker in a process of its own
 
 
-@asynccontextmanager
-async def prefill_process() -> AsyncIterator[tuple[asyncio.subprocess.Process, WorkerRecord, bytes]]:
-    """It grants blocks 0 to 15, of which 8 are final, and completes the prompt at the first line it reads."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, str(PROCESS)),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    try:
-        assert process.stdout is not None
-        told = json.loads(await asyncio.wait_for(process.stdout.readline(), 30))
-        here = Prefill()
-        here.port = told["port"]
-        shm = replace(offer_pool(here.cache), **told["shm"])
-        here.cache.close()
-        record = WorkerRecord(
-            "prefill-0", WorkerRole.PREFILL, f"127.0.0.1:{told['port']}", process.pid, here.record.model, shm, EPOCH
-        )
-        yield process, record, bytes.fromhex(told["ticket"])
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
-
-
 def _times_open(cache: KvCache) -> int:
     """How many of this process's descriptors are the pool; its memory's own mapping is one."""
     inode = os.fstat(cache.fd).st_ino
@@ -187,7 +146,7 @@ def _expected(block_ids: range) -> bytes:
     return b"".join(bytes([block_id + 1]) * LAYOUT.block_bytes for block_id in block_ids)
 
 
-@pytest.mark.parametrize("preference", ["shm", "grpc"])
+@pytest.mark.parametrize("preference", TRANSPORTS)
 async def test_another_process(preference: str) -> None:
     async with prefill_process() as (process, record, ticket), decode_worker(Registry(record), preference) as decode:
         task = asyncio.create_task(decode.puller.pull(ticket, range(16), 0))
@@ -198,7 +157,7 @@ async def test_another_process(preference: str) -> None:
         assert decode.cache.read_blocks(range(16)) == _expected(range(16))
 
 
-@pytest.mark.parametrize("preference", ["shm", "grpc"])
+@pytest.mark.parametrize("preference", TRANSPORTS)
 async def test_process_killed_during_a_pull(preference: str) -> None:
     async with prefill_process() as (process, record, ticket), decode_worker(Registry(record), preference) as decode:
         task = asyncio.create_task(decode.puller.pull(ticket, range(16), 0))

@@ -2,15 +2,21 @@
 
 import asyncio
 import contextlib
+import json
 import os
+import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from kv_transfer.handover import Handover
 from kv_transfer.leases import LeaseTable
 from kv_transfer.links import Links
+from kv_transfer.nixl_agent import nixl_problem
 from kv_transfer.puller import Puller
 from kv_transfer.service import KvService
 from kv_transfer.shm import offer_pool
@@ -27,13 +33,18 @@ KEY = b"k" * 32
 EPOCH = 7
 LAYOUT = KvLayout(b"m" * 32, "float32", block_size=16, num_layers=2, num_kv_heads=2, head_dim=16)  # 8 KiB a block
 NUM_BLOCKS = 64
+TRANSPORTS = [
+    "shm",
+    "grpc",
+    pytest.param("nixl", marks=pytest.mark.skipif(nixl_problem() is not None, reason=str(nixl_problem()))),
+]
 Tamper = Callable[[kv_pb2.PullResponse], Sequence[kv_pb2.PullResponse]]
 
 
 class Prefill:
     """A prefill worker whose engine the test plays: it grants blocks and says which are final."""
 
-    def __init__(self, layout: KvLayout = LAYOUT, num_blocks: int = NUM_BLOCKS, checksum: bool = True) -> None:
+    def __init__(self, layout: KvLayout = LAYOUT, num_blocks: int = NUM_BLOCKS) -> None:
         self.now = 1000.0
         self.cache = KvCache(layout, num_blocks, torch.device("cpu"))
         self.cache.tensor.copy_(torch.randn(self.cache.tensor.shape))
@@ -43,7 +54,6 @@ class Prefill:
         self.leases = LeaseTable("prefill-0", 30.0, self.generations.__getitem__, self.freed.append)
         self.leases.epoch = EPOCH
         self.tamper: Tamper = lambda event: [event]
-        self.checksum = checksum
         self.num_pairings = 0
         self.port = 0
 
@@ -83,7 +93,7 @@ class _TamperingService(KvService):
     """What the network, or a defect, might make of the events."""
 
     def __init__(self, prefill: Prefill) -> None:
-        super().__init__(prefill.leases, prefill.cache, KEY, prefill.checksum, lambda: prefill.now)
+        super().__init__(prefill.leases, prefill.cache, KEY, lambda: prefill.now)
         self._prefill = prefill
 
     async def Pair(self, request: kv_pb2.PairRequest, context: Any) -> kv_pb2.PairResponse:
@@ -123,11 +133,17 @@ class Decode:
     """A decode worker's pool, links and puller."""
 
     def __init__(
-        self, registry: Registry, preference: str, layout: KvLayout = LAYOUT, checksum: bool = True, key: bytes = KEY
+        self,
+        registry: Registry,
+        preference: str,
+        layout: KvLayout = LAYOUT,
+        checksum: str = "full",
+        key: bytes = KEY,
+        required: Sequence[str] = (),
     ) -> None:
         self.registry = registry
         self.cache = KvCache(layout, NUM_BLOCKS, torch.device("cpu"))
-        self.links = Links(registry, "decode-0", self.cache, preference)
+        self.links = Links(registry, "decode-0", self.cache, preference, required)
         self.puller = Puller(self.links, self.cache, key, checksum)
 
     def close(self) -> None:
@@ -157,8 +173,8 @@ async def decode_worker(registry: Registry, preference: str, **options: Any) -> 
 
 
 @contextlib.asynccontextmanager
-async def pair(preference: str, checksum: bool = True, num_blocks: int = NUM_BLOCKS) -> AsyncIterator[Pair]:
-    prefill = Prefill(checksum=checksum, num_blocks=num_blocks)
+async def pair(preference: str, checksum: str = "full", num_blocks: int = NUM_BLOCKS) -> AsyncIterator[Pair]:
+    prefill = Prefill(num_blocks=num_blocks)
     async with (
         prefill.serving(),
         decode_worker(Registry(prefill.record), preference, checksum=checksum) as decode,
@@ -171,3 +187,29 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(5):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
+
+
+@contextlib.asynccontextmanager
+async def prefill_process() -> AsyncIterator[tuple[asyncio.subprocess.Process, WorkerRecord, bytes]]:
+    """It grants blocks 0 to 15, of which 8 are final, and completes the prompt at the first line it reads."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, str(Path(__file__).with_name("transport_process.py"))),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    try:
+        assert process.stdout is not None
+        told = json.loads(await asyncio.wait_for(process.stdout.readline(), 30))
+        here = Prefill()
+        here.port = told["port"]
+        shm = replace(offer_pool(here.cache), **told["shm"])
+        here.cache.close()
+        record = WorkerRecord(
+            "prefill-0", WorkerRole.PREFILL, f"127.0.0.1:{told['port']}", process.pid, here.record.model, shm, EPOCH
+        )
+        yield process, record, bytes.fromhex(told["ticket"])
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()

@@ -197,6 +197,17 @@ def test_doctor(tiny_llama: Path, target: str, capsys: Output) -> None:
     subjects = [finding["subject"] for finding in findings]
     assert subjects == ["python", "torch", "transport", "redis", "model", "decode-0", "prefill-0"]
     assert all(finding["ok"] for finding in findings)
+    assert re.search(r"blocks from prefill-0 by shm, [\d.]+ GB/s, [\d.]+ ms$", findings[5]["text"])
+
+
+def test_status_shows_how_fast_the_links_are(target: str, capsys: Output) -> None:
+    table = output_of(capsys, "status", "--target", target)
+    assert re.search(r"^decode-0 .* prefill-0 by shm, [\d.]+ GB/s, [\d.]+ ms$", table, re.M)
+    (status,) = objects(output_of(capsys, "status", "--json", "--target", target))
+    (link,) = next(worker for worker in status["workers"] if worker["id"] == "decode-0")["links"]
+    assert link["bandwidth"] > 0
+    assert link["latency"] > 0
+    assert link["fallback"] == ""
 
 
 def test_doctor_without_a_cluster(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:

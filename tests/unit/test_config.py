@@ -75,17 +75,18 @@ def test_what_a_command_asks_beside_the_settings_is_passed_over() -> None:
     ("arguments", "expected"),
     [
         ([], True),
-        (["--checksum"], True),
-        (["--no-checksum"], False),
+        (["--prefix-caching"], True),
+        (["--no-prefix-caching"], False),
     ],
 )
 def test_a_flag_switches_on_and_off(arguments: list[str], expected: bool) -> None:
-    assert config.load(parse(*arguments), {}).transfer.checksum is expected
+    assert config.load(parse(*arguments), {}).engine.prefix_caching is expected
 
 
 def test_a_flag_beats_the_environment_also_when_it_switches_off() -> None:
-    assert config.load(parse("--no-checksum"), {"KVRELAY_CHECKSUM": "true"}).transfer.checksum is False
-    assert config.load(parse("--checksum"), {"KVRELAY_CHECKSUM": "false"}).transfer.checksum is True
+    switched = {value: {"KVRELAY_PREFIX_CACHING": value} for value in ("true", "false")}
+    assert config.load(parse("--no-prefix-caching"), switched["true"]).engine.prefix_caching is False
+    assert config.load(parse("--prefix-caching"), switched["false"]).engine.prefix_caching is True
 
 
 @pytest.mark.parametrize(
@@ -162,7 +163,7 @@ def error_of(flags: dict[str, Any], environment: dict[str, str] | None = None) -
         ('[transfer]\nlease_seconds = "x"', "[transfer] lease_seconds: 'x' is not a number"),
         ("[transfer]\nlease_seconds = 1" + "0" * 400, "is not a number"),
         ('[transfer]\ntransport = "gprc"', "[transfer] transport: 'gprc' is not a choice; did you mean grpc?"),
-        ('[transfer]\ntransport = "pigeon"', "'pigeon' is not a choice; valid are auto, grpc, shm"),
+        ('[transfer]\ntransport = "pigeon"', "'pigeon' is not a choice; valid are auto, cuda_ipc, grpc, nixl, shm"),
         ("[engine]\nkv_cache_memory = 1.5", "[engine] kv_cache_memory: 1.5 is not a number of bytes, such as 512MiB"),
         ("[engine]\nkv_cache_memory = -1", "[engine] kv_cache_memory: -1 is too small; the least is 0"),
         ('[engine]\nkv_cache_memory = "5 apples"', "'5 apples' is not a number of bytes"),
@@ -195,7 +196,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ("KVRELAY_XYZXYZ", "8", "KVRELAY_XYZXYZ: unknown variable; valid are KVRELAY_ADVERTISE_HOST, "),
         ("KVRELAY_PORT", "", "KVRELAY_PORT: '' is not a whole number"),
         ("KVRELAY_PORT", "65536", "KVRELAY_PORT: 65536 is too large; the most is 65535"),
-        ("KVRELAY_CHECKSUM", "perhaps", "KVRELAY_CHECKSUM: 'perhaps' is not true or false"),
+        ("KVRELAY_PREFIX_CACHING", "perhaps", "KVRELAY_PREFIX_CACHING: 'perhaps' is not true or false"),
         ("KVRELAY_DECODE", "0", "KVRELAY_DECODE: 0 is too small; the least is 1"),
     ],
 )

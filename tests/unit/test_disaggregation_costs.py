@@ -130,6 +130,14 @@ def test_a_prompt_that_the_decode_worker_has_cached_stays_there() -> None:
     assert choose(chooser, workers, 2000, first=5000, name="other").prefill_id == "p1"
 
 
+def test_the_measured_link_decides_between_both_ways() -> None:
+    """Streams run on the decode worker, so a prompt is worth moving, unless the link is as slow as this."""
+    busy = replace(decode(running=8), block_bytes=1 << 20)
+    for link, prefill_id in ((Link(1e10, 0.001), "p1"), (Link(1e6, 0.001), None), (Link(1e10, 60.0), None)):
+        workers = [prefill(), replace(busy, links={"p1": link})]
+        assert choose(router(Disaggregation.AUTO), workers, 2000).prefill_id == prefill_id
+
+
 def test_local_prompts_count_where_they_are_computed() -> None:
     chooser, workers = router(Disaggregation.NEVER), [decode("d1"), decode("d2")]
     assert [choose(chooser, workers, 64, i * 100, f"r{i}").decode_id for i in range(4)] == ["d1", "d2", "d1", "d2"]
