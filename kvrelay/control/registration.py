@@ -70,6 +70,7 @@ class Registration:
         self._superseded = False
         self._failing = False
         self._task: asyncio.Task[None] | None = None
+        self._watch: asyncio.Task[None] | None = None
 
     @property
     def superseded(self) -> bool:
@@ -93,6 +94,9 @@ class Registration:
         self._beat = 0
         await self.heartbeat(self._load() if self._load else None)
         self._task = asyncio.create_task(self._run(), name=f"heartbeat of {record.member}")
+        if self._on_lapse is not None:
+            watch = self._watch_own_silence(self._on_lapse)
+            self._watch = asyncio.create_task(watch, name=f"silence of {record.member}")
         return epoch
 
     async def heartbeat(self, load: WorkerLoad | None) -> None:
@@ -108,10 +112,11 @@ class Registration:
         """Ends the lease; readers drop the member at their next look. Without Redis it ends by itself."""
         if self._task is None:
             return
-        self._task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._task
-        self._task = None
+        tasks = [task for task in (self._task, self._watch) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        self._task = self._watch = None
         # A signed farewell, because readers do not believe a key that is merely missing.
         with contextlib.suppress(Unavailable):
             await self._write(self._load() if self._load else None, withdrawn=True)
@@ -119,11 +124,8 @@ class Registration:
 
     async def _run(self) -> None:
         while True:
-            asleep_since = time.monotonic()
             await asyncio.sleep(self._interval)
             try:
-                if time.monotonic() - asleep_since >= self._lease_seconds and self._on_lapse is not None:
-                    await self._begin_anew(self._on_lapse)
                 await self.heartbeat(self._load() if self._load else None)
             except Unavailable:
                 self._note_outage(None)
@@ -133,15 +135,27 @@ class Registration:
             else:
                 self._failing = False
 
+    async def _watch_own_silence(self, on_lapse: Callable[[], Awaitable[None]]) -> None:
+        # Apart from the heartbeats, because these may wait for Redis, which is no silence of this process.
+        while True:
+            asleep_since = time.monotonic()
+            await asyncio.sleep(self._interval)
+            if time.monotonic() - asleep_since >= self._lease_seconds:
+                await self._begin_anew(on_lapse)
+
     async def _begin_anew(self, on_lapse: Callable[[], Awaitable[None]]) -> None:
-        if self._record is None:
-            return
-        _LOGGER.warning("%s did not run for a while; it begins a new epoch", self._record.member)
+        _LOGGER.warning("this process did not run for a while; it begins a new epoch")
         await on_lapse()
-        epoch = int(await self._next_epoch(self._record.member))
-        self._record = dataclasses.replace(self._record, epoch=epoch)
-        self._beat = 0
-        self._on_new_epoch(epoch)
+        while (record := self._record) is not None:
+            try:
+                epoch = int(await self._next_epoch(record.member))
+            except Unavailable:
+                await asyncio.sleep(self._interval)
+                continue
+            self._record = dataclasses.replace(record, epoch=epoch)
+            self._beat = 0
+            self._on_new_epoch(epoch)
+            return
 
     def _note_outage(self, error: Exception | None) -> None:
         if not self._failing:
