@@ -101,9 +101,13 @@ async def test_only_what_was_given_up_ends_the_connection(cache: KvCache, timed_
 
 
 @needs_nixl
-@pytest.mark.parametrize("metadata", [b"", b"nonsense" * 20, b"x" * (MAX_METADATA_BYTES + 1)])
-def test_metadata_that_is_none(cache: KvCache, metadata: bytes) -> None:
-    with pytest.raises(FailedPrecondition) as caught:
+@pytest.mark.parametrize(
+    ("metadata", "words"),
+    [(b"", "0 bytes"), (b"nonsense" * 20, "cannot be reached"), (b"x" * (MAX_METADATA_BYTES + 1), "65537 bytes")],
+    ids=["none", "nonsense", "too long"],
+)
+def test_metadata_that_is_none(cache: KvCache, metadata: bytes, words: str) -> None:
+    with pytest.raises(FailedPrecondition, match=words) as caught:
         NixlAgent(cache).meet(metadata)
     assert caught.value.reason == "NIXL_UNAVAILABLE"
 
