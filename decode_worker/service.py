@@ -1,4 +1,4 @@
-"""The decode worker: takes KV caches over and batches their sequences continuously."""
+"""The decode worker: takes KV caches over, or computes prompts itself, and batches their sequences continuously."""
 
 import asyncio
 import time
@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from decode_worker.frames import FrameStreams
-from decode_worker.intake import Intake, TakenOver
+from decode_worker.intake import Intake
 from kv_transfer.links import Links
 from kv_transfer.puller import Puller
 from kv_transfer.shm import offer_pool
@@ -34,6 +34,7 @@ class DecodeWorker(worker_pb2_grpc.DecodeServiceServicer):
         self.engine = resources.engine
         self.frames = FrameStreams()
         self.worker_id = resources.worker_id
+        self.block_size = resources.runner.layout.block_size
         self._cache = resources.runner.cache
         self.source = HandoverSource(self.worker_id, self.engine, self._cache, resources.cluster_key, transfer)
         self._directory = resources.directory
@@ -92,7 +93,8 @@ class DecodeWorker(worker_pb2_grpc.DecodeServiceServicer):
         self.frames.check(request.gateway_id)
         await failpoints.reach("decode.received")
         call = _DecodeCall(self, request)
-        sequence = EngineSequence(call.request, Role.DECODE, arrival=call.arrival, deadline=deadline_of(context))
+        role = Role.DECODE if request.ticket else Role.WHOLE
+        sequence = EngineSequence(call.request, role, arrival=call.arrival, deadline=deadline_of(context))
         await self.engine.submit(sequence, call.on_event)
         self._calls.add(call)
         try:
@@ -111,7 +113,7 @@ class DecodeWorker(worker_pb2_grpc.DecodeServiceServicer):
 
 
 class _DecodeCall:
-    """One Decode call: reserved, transferred, running, done or handed over to another decode worker.
+    """One Decode call: reserved; transferred, or prefilled here; running; done, or handed over to another worker.
 
     Attributes:
         left: the sequence's blocks are held under a lease, for another decode worker.
@@ -125,6 +127,7 @@ class _DecodeCall:
         loop = asyncio.get_running_loop()
         self._admitted: asyncio.Future[tuple[Admitted, float]] = loop.create_future()
         self._finished: asyncio.Future[Finished | HandedOver] = loop.create_future()
+        self._prompt_done: asyncio.Future[float] = loop.create_future()
         self.left = False
         self._first_step: tuple[float, float] | None = None
         self._num_tokens = 0
@@ -138,16 +141,47 @@ class _DecodeCall:
         await asyncio.wait((self._admitted, self._finished), return_when=asyncio.FIRST_COMPLETED)
         if not self._admitted.done():
             await self._finished  # failed, before it had blocks
-        admitted, reserved_at = self._admitted.result()
+        if self._call.ticket:
+            return await self._run_after_handover(*self._admitted.result())
+        return await self._run_whole(*self._admitted.result())
+
+    async def _run_after_handover(self, admitted: Admitted, reserved_at: float) -> worker_pb2.DecodeResponse:
         self._trace(SpanName.DECODE_QUEUE, self.arrival, reserved_at, {})
         await failpoints.reach("decode.reserved")
         taken = await self._worker.intake.take_over(self._call.ticket, admitted, self._call.sequence.traceparent)
+        finished = await self._to_the_end(taken.at)
+        step_started, step_ended = self._first_step or (taken.at, taken.at)
+        response = self._response(finished, step_ended - step_started)
+        response.transfer = taken.transfer
+        response.decode_queue = (reserved_at - self.arrival) + max(0.0, step_started - taken.at)
+        return response
+
+    async def _run_whole(self, admitted: Admitted, admitted_at: float) -> worker_pb2.DecodeResponse:
+        cached = {
+            Attribute.PROMPT_TOKENS: len(self.request.prompt_token_ids),
+            Attribute.CACHED_TOKENS: admitted.num_cached_blocks * self._worker.block_size,
+        }
+        self._trace(SpanName.PREFILL_QUEUE, self.arrival, admitted_at, cached)
+        await asyncio.wait((self._prompt_done, self._finished), return_when=asyncio.FIRST_COMPLETED)
+        if not self._prompt_done.done():
+            await self._finished  # failed, before the first token
+        prompt_done_at = self._prompt_done.result()
+        self._trace(SpanName.PREFILL, admitted_at, prompt_done_at, cached)
+        finished = await self._to_the_end(prompt_done_at)
+        step_started, step_ended = self._first_step or (prompt_done_at, prompt_done_at)
+        response = self._response(finished, step_ended - step_started)
+        response.prefill_queue = admitted_at - self.arrival
+        response.prefill = prompt_done_at - admitted_at
+        response.cached_tokens = cached[Attribute.CACHED_TOKENS]
+        return response
+
+    async def _to_the_end(self, started: float) -> Finished | HandedOver:
+        """The last token. The time from `started` to then is the decode span."""
         try:
-            finished = await self._finished
+            return await self._finished
         finally:  # also where the gateway found a stop string, and cancels the call
             tokens = {Attribute.COMPLETION_TOKENS: self._num_tokens}
-            self._trace(SpanName.DECODE, taken.at, time.monotonic(), tokens)
-        return self._response(finished, reserved_at, taken)
+            self._trace(SpanName.DECODE, started, time.monotonic(), tokens)
 
     def leave(self) -> None:
         """Ends the call as soon as another decode worker can go on, or at once if it has not begun here."""
@@ -163,7 +197,9 @@ class _DecodeCall:
             case Admitted() if not self._admitted.done():
                 self._admitted.set_result((event, step.started))
             case Sampled():
-                if self._first_step is None:
+                if not self._call.ticket and not self._prompt_done.done():
+                    self._prompt_done.set_result(step.ended)
+                elif self._first_step is None:
                     self._first_step = (step.started, step.ended)
                 self._num_tokens = event.index + 1
                 self._worker.frames.add(self._call.gateway_id, self._call.handle, event.index, event.token)
@@ -174,15 +210,12 @@ class _DecodeCall:
             case Failed() if not self._finished.done():
                 self._finished.set_exception(event.error)
 
-    def _response(self, end: Finished | HandedOver, reserved_at: float, taken: TakenOver) -> worker_pb2.DecodeResponse:
-        step_started, step_ended = self._first_step or (taken.at, taken.at)
+    def _response(self, end: Finished | HandedOver, first_decode_step: float) -> worker_pb2.DecodeResponse:
         return worker_pb2.DecodeResponse(
             finish_reason=wire.finish_reason_to_proto(end.reason if isinstance(end, Finished) else None),
             ticket=b"" if isinstance(end, Finished) else self._hold(end),
             completion_tokens=end.num_completion_tokens,
-            transfer=taken.transfer,
-            decode_queue=(reserved_at - self.arrival) + max(0.0, step_started - taken.at),
-            first_decode_step=step_ended - step_started,
+            first_decode_step=first_decode_step,
         )
 
     def _hold(self, end: HandedOver) -> bytes:

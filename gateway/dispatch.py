@@ -6,8 +6,10 @@ import time
 from collections.abc import Collection, Sequence
 from types import TracebackType
 
+from gateway.disaggregation import Costs
 from gateway.fleet import Connection, Fleet
 from gateway.recovery import WorkerStart
+from gateway.reservation import Reservation
 from gateway.router import Router, WorkerView
 from kvrelay.control.membership import WorkerEntry
 from kvrelay.engine.prefix import block_digests, root_digest
@@ -18,18 +20,31 @@ __all__ = ["Dispatch", "Placement"]
 
 
 class Placement:
-    """The two workers of one request, which count it as theirs inside the context."""
+    """The workers of one request, which count it as theirs inside the context.
 
-    def __init__(self, router: Router, request_id: str, prefill: Connection, decode: Connection) -> None:
+    Attributes:
+        prefill: None where the decode worker computes the prompt, too.
+        reservation: when the decode worker may be asked.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        request_id: str,
+        prefill: Connection | None,
+        decode: Connection,
+        reservation: Reservation,
+    ) -> None:
         self.prefill = prefill
         self.decode = decode
+        self.reservation = reservation
         self._router = router
         self.request_id = request_id
 
     def start_of(self, worker_id: str) -> WorkerStart | None:
-        """Which start of the worker it is, if it is one of the two."""
-        starts = (self.prefill.start, self.decode.start)
-        return next((start for start in starts if start[0] == worker_id), None)
+        """Which start of the worker it is, if it is one of these."""
+        connections = [connection for connection in (self.prefill, self.decode) if connection is not None]
+        return next((each.start for each in connections if each.start[0] == worker_id), None)
 
     def prefill_done(self) -> None:
         """The prompt has been computed."""
@@ -50,13 +65,14 @@ class Dispatch:
     Args:
         block_size: of the workers' KV blocks, in which their prefix caches count.
         wait_seconds: how long a request waits for a worker when there is none.
+        costs: of moving a prompt's KV cache, or not; by default it is always moved.
     """
 
-    def __init__(self, fleet: Fleet, block_size: int, wait_seconds: float) -> None:
+    def __init__(self, fleet: Fleet, block_size: int, wait_seconds: float, costs: Costs | None = None) -> None:
         self._fleet = fleet
         self._block_size = block_size
         self._wait_seconds = wait_seconds
-        self._router = Router(block_size)
+        self._router = Router(block_size, costs=costs)
 
     def context_length(self, otherwise: int) -> int:
         """Tokens that a request may have on every worker that is up; `otherwise` if none is."""
@@ -66,7 +82,7 @@ class Dispatch:
         """Chooses the workers, those to avoid only where there are no others.
 
         Raises:
-            Unavailable: there is no worker of a role, and none came in time.
+            Unavailable: there is no worker of a role that is needed, and none came in time.
         """
         until = time.monotonic() + self._wait_seconds
         while True:
@@ -110,8 +126,9 @@ class Dispatch:
             time.monotonic(),
             avoid=[worker_id for worker_id, _ in starts.intersection(avoided)],
         )
-        prefill, decode = self._fleet.connection(route.prefill_id), self._fleet.connection(route.decode_id)
-        return Placement(self._router, request.request_id, prefill, decode)
+        prefill = None if route.prefill_id is None else self._fleet.connection(route.prefill_id)
+        decode = self._fleet.connection(route.decode_id)
+        return Placement(self._router, request.request_id, prefill, decode, Reservation(route.reserves_late))
 
     def _digests(self, request: Request, entries: Sequence[WorkerEntry]) -> list[bytes]:
         if not entries:
@@ -132,4 +149,6 @@ def _view(entry: WorkerEntry) -> WorkerView:
         seen_at=entry.seen_at,
         epoch=record.epoch,
         draining=load.state is not WorkerState.READY,
+        prefill_rate=load.prefill_rate,
+        block_bytes=record.model.block_bytes,
     )

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
 from typing import Protocol
 
 import grpc
@@ -81,12 +81,13 @@ class Connection:
 
     @contextlib.asynccontextmanager
     async def prefill(
-        self, sequence: worker_pb2.SequenceSpec, timeout: float | None
+        self, sequence: worker_pb2.SequenceSpec, timeout: float | None, announce_last_chunk: bool = False
     ) -> AsyncIterator[AsyncIterator[worker_pb2.PrefillResponse]]:
         """A Prefill call's responses. Leaving the context frees what the worker still holds for it."""
-        call = self._prefill.Prefill(
-            worker_pb2.PrefillRequest(sequence=sequence, worker_epoch=self.record.epoch), timeout=timeout
+        request = worker_pb2.PrefillRequest(
+            sequence=sequence, worker_epoch=self.record.epoch, announce_last_chunk=announce_last_chunk
         )
+        call = self._prefill.Prefill(request, timeout=timeout)
         try:
             yield self._responses(call)
         finally:
@@ -109,7 +110,7 @@ class Connection:
     async def decode(
         self, sequence: worker_pb2.SequenceSpec, ticket: bytes, timeout: float | None, sink: TokenSink
     ) -> worker_pb2.DecodeResponse:
-        """Decodes to the end, when the sink has had all tokens.
+        """Decodes to the end, when the sink has had all tokens. Without a ticket it computes the prompt, too.
 
         Raises:
             Unavailable: the worker was lost.
@@ -211,12 +212,20 @@ class Fleet:
 
     Args:
         model_id: workers that serve another model are passed over.
+        roles: of which a worker each must be up for a request to be served.
     """
 
-    def __init__(self, directory: WorkerDirectory, gateway_id: str, model_id: str) -> None:
+    def __init__(
+        self,
+        directory: WorkerDirectory,
+        gateway_id: str,
+        model_id: str,
+        roles: Collection[WorkerRole] = (WorkerRole.PREFILL, WorkerRole.DECODE),
+    ) -> None:
         self._directory = directory
         self._gateway_id = gateway_id
         self._model_id = model_id
+        self._roles = frozenset(roles)
         self._connections: dict[str, Connection] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
@@ -239,8 +248,8 @@ class Fleet:
 
     @property
     def ready(self) -> bool:
-        """Whether a request could be served: one worker of each role is up."""
-        return {entry.record.role for entry in self.entries()} >= {WorkerRole.PREFILL, WorkerRole.DECODE}
+        """Whether a request could be served: one worker of each role that is needed is up."""
+        return {entry.record.role for entry in self.entries()} >= self._roles
 
     async def wait_for_change(self) -> None:
         """Until a worker comes, goes, or is up or down."""

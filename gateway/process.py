@@ -7,6 +7,7 @@ import os
 import socket
 
 from gateway.admission import Admission
+from gateway.disaggregation import Costs, Disaggregation
 from gateway.dispatch import Dispatch
 from gateway.fleet import Fleet
 from gateway.pacing import Pacer
@@ -53,7 +54,8 @@ async def run_gateway(settings: Settings, cluster_key: bytes) -> int:
         cleanup.push_async_callback(redis.aclose)
         lease_seconds, interval = settings.cluster.lease_seconds, settings.cluster.heartbeat_seconds
         directory = WorkerDirectory(redis, cluster_key, lease_seconds=lease_seconds, interval=interval)
-        fleet = Fleet(directory, gateway_id, model_id)
+        disaggregation = Disaggregation(limits.disaggregation)
+        fleet = Fleet(directory, gateway_id, model_id, disaggregation.roles)
         cleanup.push_async_callback(fleet.close)
         queue = RequestQueue(
             redis,
@@ -65,7 +67,9 @@ async def run_gateway(settings: Settings, cluster_key: bytes) -> int:
         admission = Admission(queue)
         pool = TokenizerPool(tokenizer)
         cleanup.callback(pool.close)
-        dispatch = Dispatch(fleet, settings.engine.block_size, limits.worker_wait_seconds)
+        engine = settings.engine
+        costs = Costs(disaggregation, engine.itl_limit, engine.max_batched_tokens)
+        dispatch = Dispatch(fleet, engine.block_size, limits.worker_wait_seconds, costs)
         relay = Relay(tokenizer, pool, admission, dispatch, limits.max_failures)
         requests = Requests(ResponseHistory(limits.replay_seconds, limits.replay_requests), _pacer(limits))
         service = InferenceService(relay, requests, ClusterView(directory, fleet, admission), model_id)

@@ -2,13 +2,15 @@
 
 import bisect
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
+from gateway.disaggregation import Costs, Disaggregation, Link, PromptWork
+from gateway.reservation import reserves_late
 from kvrelay.errors import Unavailable
 from kvrelay.request import WorkerRole
 
-__all__ = ["Route", "Router", "WorkerView"]
+__all__ = ["Route", "Router", "WorkerView", "link_between"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,8 @@ class WorkerView:
         seen_at: when the heartbeat came, in seconds on the clock of the router's caller.
         epoch: grows when the worker restarts, which empties its cache.
         draining: takes no new requests.
+        prefill_rate: prompt tokens it computes per second, as measured; 0 while unknown.
+        block_bytes: of a KV block; 0 if unknown.
     """
 
     worker_id: str
@@ -34,6 +38,8 @@ class WorkerView:
     seen_at: float
     epoch: int = 0
     draining: bool = False
+    prefill_rate: float = 0.0
+    block_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +47,20 @@ class Route:
     """Where a request goes.
 
     Attributes:
-        num_uncached_tokens: prompt tokens that the prefill worker will probably have to compute.
+        prefill_id: None where the decode worker computes the prompt, too.
+        num_uncached_tokens: prompt tokens that will probably have to be computed.
+        reserves_late: the decode worker's blocks are scarce, so they are taken when prefill is nearly done.
     """
 
-    prefill_id: str
+    prefill_id: str | None
     decode_id: str
     num_uncached_tokens: int
+    reserves_late: bool = False
+
+    @property
+    def computed_on(self) -> str:
+        """The worker that computes the prompt."""
+        return self.prefill_id or self.decode_id
 
 
 class Router:
@@ -55,17 +69,21 @@ class Router:
     The prompt goes to the prefill worker that will be done with it first, counted in tokens: what is queued there by
     the last heartbeat, what was sent there since, and what of this prompt it has not cached. Decoding goes to the
     worker with the fewest sequences for its free blocks, and among equals to the one that holds most of the prefix.
+    Or one decode worker does both, if the costs say so: the one where that costs least.
 
     Args:
         block_size: tokens in a KV block.
         max_digests: block digests remembered for each role; the least recently used are forgotten.
+        costs: of both ways; by default every prompt goes to a prefill worker.
     """
 
-    def __init__(self, block_size: int, max_digests: int = 1 << 16) -> None:
+    def __init__(self, block_size: int, max_digests: int = 1 << 16, costs: Costs | None = None) -> None:
         self._block_size = block_size
+        self._costs = costs or Costs()
         self._prefixes = {role: _PrefixIndex(max_digests) for role in (WorkerRole.PREFILL, WorkerRole.DECODE)}
         self._routes: dict[str, Route] = {}
-        self._sent: defaultdict[str, _SentTokens] = defaultdict(_SentTokens)
+        self._sent: defaultdict[str, _Sent] = defaultdict(_Sent)  # prompt tokens, by who computes them
+        self._promised: defaultdict[str, _Sent] = defaultdict(_Sent)  # blocks of decode workers
         self._num_decoding: Counter[str] = Counter()
 
     def choose(
@@ -77,7 +95,7 @@ class Router:
         now: float,
         avoid: Collection[str] = (),
     ) -> Route:
-        """Picks a worker of each role and counts the request as theirs until `finished`.
+        """Picks the workers and counts the request as theirs until `finished`.
 
         Chosen again, a request leaves the workers it had before.
 
@@ -87,19 +105,26 @@ class Router:
             avoid: ids of workers to take only where there are no others, such as those that have just failed.
 
         Raises:
-            Unavailable: there is no worker of a role; reason NO_WORKERS, and the role as metadata["stage"].
+            Unavailable: there is no worker of a role that is needed; reason NO_WORKERS, and the role as
+                metadata["stage"].
         """
         self.finished(request_id)
         usable = [worker for worker in workers if not worker.draining]
-        prefill, num_uncached_tokens = self._choose_prefill(
-            num_prompt_tokens, digests, _of_role(usable, WorkerRole.PREFILL, avoid)
+        prompt = self._prompt(num_prompt_tokens, digests)
+        prefill, decode = self._choose(prompt, usable, avoid)
+        computing = prefill or decode
+        route = Route(
+            prefill_id=None if prefill is None else prefill.worker_id,
+            decode_id=decode.worker_id,
+            num_uncached_tokens=self._num_uncached(computing, prompt),
+            reserves_late=prefill is not None
+            and reserves_late(prompt.num_blocks, decode.blocks_free, self._num_promised(decode, prompt)),
         )
-        decode = self._choose_decode(digests, _of_role(usable, WorkerRole.DECODE, avoid))
-        for worker in (prefill, decode):
-            self._prefixes[worker.role].record(worker, digests)
-        self._sent[prefill.worker_id].add(request_id, num_uncached_tokens, now)
+        self._prefixes[computing.role].record(computing, digests)
+        self._prefixes[decode.role].record(decode, digests)
+        self._sent[computing.worker_id].add(request_id, route.num_uncached_tokens, now)
+        self._promised[decode.worker_id].add(request_id, prompt.num_blocks, now)
         self._num_decoding[decode.worker_id] += 1
-        route = Route(prefill.worker_id, decode.worker_id, num_uncached_tokens)
         self._routes[request_id] = route
         return route
 
@@ -112,9 +137,11 @@ class Router:
             Unavailable: there is none but those excluded; reason NO_WORKERS.
         """
         usable = [worker for worker in workers if not worker.draining and worker.worker_id not in exclude]
-        decode = self._choose_decode(digests, _of_role(usable, WorkerRole.DECODE))
+        prompt = self._prompt(0, digests)
+        decode = min(_of_role(usable, WorkerRole.DECODE), key=self._cost_of_decoding(prompt))
         self._prefixes[decode.role].record(decode, digests)
         route = self._routes[request_id]
+        self._promised[route.decode_id].remove(request_id)
         self._num_decoding[route.decode_id] -= 1
         self._num_decoding[decode.worker_id] += 1
         self._routes[request_id] = replace(route, decode_id=decode.worker_id)
@@ -124,7 +151,7 @@ class Router:
         """The prompt has been computed; its tokens are queued no more."""
         route = self._routes.get(request_id)
         if route is not None:
-            self._sent[route.prefill_id].remove(request_id)
+            self._sent[route.computed_on].remove(request_id)
 
     def finished(self, request_id: str) -> None:
         """The request has left its workers, for whatever reason; an unknown one is passed over."""
@@ -132,31 +159,103 @@ class Router:
         route = self._routes.pop(request_id, None)
         if route is not None:
             self._num_decoding[route.decode_id] -= 1
+            self._promised[route.decode_id].remove(request_id)
 
-    def _choose_prefill(
-        self, num_prompt_tokens: int, digests: Sequence[bytes], workers: Sequence[WorkerView]
-    ) -> tuple[WorkerView, int]:
-        """Returns the worker and how many tokens of the prompt it will have to compute."""
+    def _prompt(self, num_tokens: int, digests: Sequence[bytes]) -> "_Prompt":
+        return _Prompt(num_tokens, digests, -(-num_tokens // self._block_size))
 
-        def num_uncached(worker: WorkerView) -> int:
-            num_cached = self._prefixes[worker.role].num_blocks(worker, digests) * self._block_size
-            return max(1, num_prompt_tokens - num_cached)  # the last token is always computed, for its logits
+    def _choose(
+        self, prompt: "_Prompt", workers: Sequence[WorkerView], avoid: Collection[str]
+    ) -> tuple[WorkerView | None, WorkerView]:
+        """The prefill worker, or None where the decode worker computes the prompt; and the decode worker."""
+        mode = self._costs.mode
+        decoding = _of_role(workers, WorkerRole.DECODE, avoid)
+        has_prefill = any(worker.role is WorkerRole.PREFILL for worker in workers)
+        if mode is Disaggregation.NEVER or (mode is Disaggregation.AUTO and not has_prefill):
+            return None, min(decoding, key=self._cost_of_both(prompt, workers))
+        prefill = min(_of_role(workers, WorkerRole.PREFILL, avoid), key=self._cost_of_prefill(prompt))
+        decode = min(decoding, key=self._cost_of_decoding(prompt))
+        if mode is Disaggregation.AUTO:
+            whole = min(decoding, key=self._cost_of_both(prompt, workers))
+            if self._seconds_local(whole, prompt, workers) <= self._seconds_split(prefill, decode, prompt, workers):
+                return None, whole
+        return prefill, decode
 
+    def _cost_of_prefill(self, prompt: "_Prompt") -> Callable[[WorkerView], tuple[int, int, str]]:
         def cost(worker: WorkerView) -> tuple[int, int, str]:
-            queued = worker.waiting_tokens + self._sent[worker.worker_id].since(worker.seen_at)
-            return queued + num_uncached(worker), worker.running + worker.waiting, worker.worker_id
+            queued = self._num_queued(worker) + self._num_uncached(worker, prompt)
+            return queued, worker.running + worker.waiting, worker.worker_id
 
-        best = min(workers, key=cost)
-        return best, num_uncached(best)
+        return cost
 
-    def _choose_decode(self, digests: Sequence[bytes], workers: Sequence[WorkerView]) -> WorkerView:
+    def _cost_of_decoding(self, prompt: "_Prompt") -> Callable[[WorkerView], tuple[float, int, str]]:
         def cost(worker: WorkerView) -> tuple[float, int, str]:
-            # The heartbeat lags behind what this gateway sent, and knows what other gateways sent.
-            num_sequences = max(worker.running + worker.waiting, self._num_decoding[worker.worker_id])
-            num_held = self._prefixes[worker.role].num_blocks(worker, digests)
-            return (num_sequences + 1) / max(1, worker.blocks_free), -num_held, worker.worker_id
+            num_held = self._prefixes[worker.role].num_blocks(worker, prompt.digests)
+            return (self._num_sequences(worker) + 1) / max(1, worker.blocks_free), -num_held, worker.worker_id
 
-        return min(workers, key=cost)
+        return cost
+
+    def _cost_of_both(
+        self, prompt: "_Prompt", workers: Sequence[WorkerView]
+    ) -> Callable[[WorkerView], tuple[bool, float, tuple[float, int, str]]]:
+        cost_of_decoding = self._cost_of_decoding(prompt)
+
+        def cost(worker: WorkerView) -> tuple[bool, float, tuple[float, int, str]]:
+            has_room = worker.blocks_free >= prompt.num_blocks + self._num_promised(worker, prompt)
+            return not has_room, self._seconds_local(worker, prompt, workers), cost_of_decoding(worker)
+
+        return cost
+
+    def _seconds_local(self, worker: WorkerView, prompt: "_Prompt", workers: Sequence[WorkerView]) -> float:
+        return self._costs.local(self._work(worker, prompt, workers), self._num_sequences(worker))
+
+    def _seconds_split(
+        self, prefill: WorkerView, decode: WorkerView, prompt: "_Prompt", workers: Sequence[WorkerView]
+    ) -> float:
+        num_held = self._prefixes[decode.role].num_blocks(decode, prompt.digests) * self._block_size
+        return self._costs.disaggregated(
+            self._work(prefill, prompt, workers),
+            link_between(prefill, decode),
+            num_tokens_moved=max(0, prompt.num_tokens - num_held),
+            token_bytes=decode.block_bytes / self._block_size,
+        )
+
+    def _work(self, worker: WorkerView, prompt: "_Prompt", workers: Sequence[WorkerView]) -> PromptWork:
+        # Nobody is avoided, or preferred, for want of experience.
+        rate = worker.prefill_rate or max(other.prefill_rate for other in workers)
+        return PromptWork(self._num_queued(worker), self._num_uncached(worker, prompt), rate)
+
+    def _num_queued(self, worker: WorkerView) -> int:
+        """Prompt tokens that are to be computed there: by the last heartbeat, and sent since."""
+        return worker.waiting_tokens + self._sent[worker.worker_id].since(worker.seen_at)
+
+    def _num_uncached(self, worker: WorkerView, prompt: "_Prompt") -> int:
+        num_cached = self._prefixes[worker.role].num_blocks(worker, prompt.digests) * self._block_size
+        return max(1, prompt.num_tokens - num_cached)  # the last token is always computed, for its logits
+
+    def _num_sequences(self, worker: WorkerView) -> int:
+        # The heartbeat lags behind what this gateway sent, and knows what other gateways sent.
+        return max(worker.running + worker.waiting, self._num_decoding[worker.worker_id])
+
+    def _num_promised(self, worker: WorkerView, prompt: "_Prompt") -> int:
+        """Blocks that others are going to take: sent since the heartbeat, or waiting there, as large as this one."""
+        return self._promised[worker.worker_id].since(worker.seen_at) + worker.waiting * prompt.num_blocks
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    num_tokens: int
+    digests: Sequence[bytes]
+    num_blocks: int
+
+
+def link_between(prefill: WorkerView, decode: WorkerView) -> Link:
+    """The link by which this decode worker takes KV caches over from this prefill worker.
+
+    Here the figures that decode workers measure and register (`WorkerLoad.links`) will be looked up; until then all
+    links are alike.
+    """
+    return Link()
 
 
 def _of_role(workers: Sequence[WorkerView], role: WorkerRole, avoid: Collection[str] = ()) -> list[WorkerView]:
@@ -173,20 +272,20 @@ def _of_role(workers: Sequence[WorkerView], role: WorkerRole, avoid: Collection[
     return found
 
 
-class _SentTokens:
-    """Prompt tokens that were sent to one worker and that its next heartbeat will tell of."""
+class _Sent:
+    """Amounts (prompt tokens, or blocks) that were sent to one worker and that its next heartbeat will tell of."""
 
     def __init__(self) -> None:
         self._sent: OrderedDict[str, tuple[float, int]] = OrderedDict()
         self._total = 0
 
-    def add(self, request_id: str, num_tokens: int, now: float) -> None:
-        self._sent[request_id] = now, num_tokens
-        self._total += num_tokens
+    def add(self, request_id: str, amount: int, now: float) -> None:
+        self._sent[request_id] = now, amount
+        self._total += amount
 
     def remove(self, request_id: str) -> None:
-        _, num_tokens = self._sent.pop(request_id, (0.0, 0))
-        self._total -= num_tokens
+        _, amount = self._sent.pop(request_id, (0.0, 0))
+        self._total -= amount
 
     def since(self, seen_at: float) -> int:
         """Forgets what was sent before this heartbeat, and returns the sum of the rest."""

@@ -22,6 +22,8 @@ __all__ = ["Account", "Serving"]
 
 log = logging.getLogger(__name__)
 
+NO_TICKET = b""
+
 
 @dataclass(slots=True)
 class Account:
@@ -39,19 +41,20 @@ class Account:
     def left_queue(self) -> None:
         self.timings = replace(self.timings, gateway_queue=time.monotonic() - self.arrival)
 
-    def prefilled(self, first: worker_pb2.FirstToken) -> None:
-        """The first attempt's prefill counts; a later one only makes up for what was lost."""
+    def first_token(self) -> None:
+        """The first attempt's counts."""
         if not self.timings.time_to_first_token:
-            elapsed = time.monotonic() - self.arrival
-            self.timings = replace(
-                self.timings,
-                time_to_first_token=elapsed,
-                prefill_queue=first.prefill_queue,
-                prefill=first.prefill,
-            )
-            self.num_cached_tokens = first.cached_tokens
+            self.timings = replace(self.timings, time_to_first_token=time.monotonic() - self.arrival)
+
+    def prefilled(self, said: "worker_pb2.FirstToken | worker_pb2.DecodeResponse") -> None:
+        """The first prefill counts; a later one only makes up for what was lost."""
+        if not self.timings.prefill:
+            self.timings = replace(self.timings, prefill_queue=said.prefill_queue, prefill=said.prefill)
+            self.num_cached_tokens = said.cached_tokens
 
     def decoded(self, response: worker_pb2.DecodeResponse) -> None:
+        if response.HasField("cached_tokens"):
+            self.prefilled(response)
         self.timings = replace(
             self.timings,
             transfer=response.transfer,
@@ -139,20 +142,36 @@ class Serving:
         return wire.request_to_proto(self._so_far(num_left_out), telemetry.traceparent(self._span))
 
     async def _attempt(self, placement: Placement) -> FinishReason:
-        """Prefill and decode overlap: the decode worker is told as soon as the ticket is there."""
+        """Prefill and decode overlap: the decode worker is told once the ticket is there and blocks may be taken."""
         self._completion.forget_early()
-        sequence = self._sequence()
-        async with placement.prefill.prefill(sequence, self._remaining()) as responses:
+        sequence, reservation = self._sequence(), placement.reservation
+        if placement.prefill is None:
+            return await self._attempt_whole(sequence, placement)
+        async with placement.prefill.prefill(sequence, self._remaining(), reservation.late) as responses:
             first_response = await anext(responses)
             if first_response.HasField("first_token"):
                 return self._take_first_token(first_response.first_token, placement) or FinishReason.LENGTH
             ticket = first_response.admitted.ticket
             decoding = asyncio.create_task(self._decode(sequence, ticket, placement))
             try:
-                return await self._follow(responses, decoding, placement)
+                return await self._follow(reservation.watch(responses), decoding, placement)
             finally:
                 decoding.cancel()
                 await asyncio.wait([decoding])
+
+    async def _attempt_whole(self, sequence: worker_pb2.SequenceSpec, placement: Placement) -> FinishReason:
+        """The decode worker computes the prompt, too."""
+        noting = asyncio.create_task(self._note_first_token(placement, self._completion.num_tokens + 1))
+        try:
+            return await self._decode(sequence, NO_TICKET, placement)
+        finally:
+            noting.cancel()
+            await asyncio.wait([noting])
+
+    async def _note_first_token(self, placement: Placement, num_tokens: int) -> None:
+        await self._completion.wait_for(num_tokens)
+        placement.prefill_done()
+        self._account.first_token()
 
     async def _follow(
         self,
@@ -172,12 +191,14 @@ class Serving:
 
     def _take_first_token(self, first: worker_pb2.FirstToken, placement: Placement) -> FinishReason | None:
         placement.prefill_done()
+        self._account.first_token()
         self._account.prefilled(first)
         self._completion.add(self._completion.num_tokens, [wire.token_from_proto(first)])
         return FinishReason.STOP if self._completion.stopped else wire.finish_reason_from_proto(first.finish_reason)
 
     async def _decode(self, sequence: worker_pb2.SequenceSpec, ticket: bytes, placement: Placement) -> FinishReason:
         """To the last token, or to the first stop string; from worker to worker as they drain."""
+        await placement.reservation.wait()
         response = await self._decode_on_one(sequence, ticket, placement)
         while response is not None and response.ticket and not self._completion.stopped:
             ticket = response.ticket

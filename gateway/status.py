@@ -25,7 +25,7 @@ class ClusterView:
         self._admission = admission
 
     def models(self) -> tuple[Model, ...]:
-        """The models that workers of both roles serve, with what the least of their workers can take."""
+        """The models that could be asked for now, with what the least of their workers can take."""
         found: dict[str, Model] = {}
         for entry in self._fleet.entries():
             model = entry.record.model
@@ -68,6 +68,12 @@ async def _ask(connection: Connection | None) -> worker_pb2.GetStatusResponse | 
     try:
         return await connection.status(ANSWER_SECONDS)
     except KvrelayError:
+        return None
+    except asyncio.CancelledError:
+        # gRPC cancels the calls of a channel that is closed, which is not this task's own cancellation.
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
         return None
 
 

@@ -93,6 +93,11 @@ class GatewaySettings:
     port: int = setting(50051, "port of the public API", minimum=0, maximum=65535)
     max_running: int = setting(256, "requests on the workers at once; the others queue", minimum=1)
     max_waiting: int = setting(1024, "requests that may queue; more are refused", minimum=0)
+    disaggregation: str = setting(
+        "always",
+        "who computes prompts: always the prefill workers, never they but the decode workers, or auto, what costs less",
+        choices=("always", "never", "auto"),
+    )
     worker_wait_seconds: float = setting(30.0, "how long a request waits for a worker when there is none", minimum=0)
     max_failures: int = setting(
         4, "so many workers may fail a request, which goes on elsewhere each time; the next failure ends it", minimum=0
@@ -146,6 +151,11 @@ class EngineSettings:
     context_length: int = setting(0, "tokens a request may have; 0 means as many as model and pool allow", minimum=0)
     max_num_sequences: int = setting(64, "sequences in the running batch", minimum=1)
     max_batched_tokens: int = setting(512, "tokens computed in one step; longer prompts are chunked", minimum=1)
+    itl_limit: float = setting(
+        0.1,
+        "seconds that a decode step may take because prompt tokens ride beside it; 0 means no limit",
+        minimum=0,
+    )
     prefix_caching: bool = setting(True, "reuse KV blocks of equal prefixes")
     overlap: str = setting(
         "auto",

@@ -167,9 +167,9 @@ class Supervisor:
             self._redis.start()
         config = self._run_dir / "settings.toml"
         config.write_text(dump_toml(self._settings))
-        cluster = self._settings.cluster
-        names = [("prefill", index) for index in range(cluster.prefill)]
-        names += [("decode", index) for index in range(cluster.decode)]
+        num_prefill, num_decode = self._num_workers()
+        names = [("prefill", index) for index in range(num_prefill)]
+        names += [("decode", index) for index in range(num_decode)]
         self._add("gateway", ["gateway", "--config", str(config)])
         for role, index in names:
             name = f"{role}-{index}"
@@ -177,8 +177,15 @@ class Supervisor:
         for child in self._children:
             child.start()
         redis = "Redis, " if self._redis is not None else ""
-        workers = f"{cluster.prefill} prefill and {cluster.decode} decode workers"
+        workers = f"{num_prefill} prefill and {num_decode} decode workers"
         self._report(f"starting {redis}a gateway, {workers}; logs are in {self._run_dir}/logs")
+
+    def _num_workers(self) -> tuple[int, int]:
+        """Prefill and decode workers. Where prompts are never moved all are decode workers, on the same machines."""
+        cluster = self._settings.cluster
+        if self._settings.gateway.disaggregation == "never":
+            return 0, cluster.prefill + cluster.decode
+        return cluster.prefill, cluster.decode
 
     def _add(self, name: str, arguments: Sequence[str]) -> None:
         self._children.append(_Child(name, arguments, self._run_dir / "logs" / f"{name}.log"))

@@ -166,6 +166,7 @@ def _scheduler(role: WorkerRole, runner: ModelRunner, settings: Settings) -> Sch
         model_digest=runner.layout.model_digest,
         prefix_caching=settings.engine.prefix_caching,
         evicts=role is WorkerRole.DECODE,
+        itl_limit=settings.engine.itl_limit,
     )
     return Scheduler(BlockPool(runner.num_blocks), limits)
 
@@ -228,6 +229,7 @@ class _Worker(worker_pb2_grpc.WorkerServiceServicer):
                 block_size=runner.layout.block_size,
                 layout_digest=runner.layout.digest,
                 model_digest=runner.layout.model_digest.hex(),
+                block_bytes=runner.layout.block_bytes,
             ),
             shm=self._part.shared_memory(),
         )
@@ -241,6 +243,7 @@ class _Worker(worker_pb2_grpc.WorkerServiceServicer):
             blocks_total=load.blocks_total,
             blocks_free=load.blocks_free,
             waiting_tokens=load.waiting_tokens,
+            prefill_rate=load.prefill_rate,
         )
 
     async def GetStatus(self, request: worker_pb2.GetStatusRequest, context: Any) -> worker_pb2.GetStatusResponse:

@@ -22,6 +22,12 @@ from kvrelay.worker import Resources, check_epoch
 
 __all__ = ["PrefillWorker"]
 
+_FAILPOINTS = {
+    "admitted": "prefill.admitted",
+    "last_chunk": "prefill.last_chunk",
+    "first_token": "prefill.first_token",
+}
+
 
 class PrefillWorker(worker_pb2_grpc.PrefillServiceServicer):
     """Serves PrefillService to gateways and KvService to decode workers."""
@@ -29,6 +35,7 @@ class PrefillWorker(worker_pb2_grpc.PrefillServiceServicer):
     def __init__(self, resources: Resources) -> None:
         self.engine = resources.engine
         self.block_size = resources.runner.layout.block_size
+        self.max_batched_tokens = resources.settings.engine.max_batched_tokens
         self.worker_id = resources.worker_id
         self._cache = resources.runner.cache
         self.source = HandoverSource(
@@ -67,7 +74,7 @@ class PrefillWorker(worker_pb2_grpc.PrefillServiceServicer):
         self, request: worker_pb2.PrefillRequest, context: Any
     ) -> AsyncIterator[worker_pb2.PrefillResponse]:
         check_epoch(request.worker_epoch, self.source.leases.epoch)
-        call = _PrefillCall(self, request.sequence)
+        call = _PrefillCall(self, request)
         sequence = EngineSequence(call.request, Role.PREFILL, arrival=call.arrival, deadline=deadline_of(context))
         await self.engine.submit(sequence, call.on_event)
         try:
@@ -81,18 +88,19 @@ class PrefillWorker(worker_pb2_grpc.PrefillServiceServicer):
 class _PrefillCall:
     """One Prefill call: turns the engine's events into responses and into the progress of the handover."""
 
-    def __init__(self, worker: PrefillWorker, spec: worker_pb2.SequenceSpec) -> None:
-        self.request = wire.request_from_proto(spec)
+    def __init__(self, worker: PrefillWorker, call: worker_pb2.PrefillRequest) -> None:
+        self.request = wire.request_from_proto(call.sequence)
         self.arrival = time.monotonic()
         self._worker = worker
-        self._traceparent = spec.traceparent
+        self._traceparent = call.sequence.traceparent
+        self._announces_last_chunk = call.announce_last_chunk
         self._outbox: asyncio.Queue[worker_pb2.PrefillResponse | KvrelayError | None] = asyncio.Queue()
         self._handover: Handover | None = None
         self._admitted_at = self.arrival
         self._cached_tokens = 0
 
     async def responses(self) -> AsyncIterator[worker_pb2.PrefillResponse]:
-        """The ticket and the first token; ends with the handover.
+        """The ticket, the last chunk and the first token; ends with the handover.
 
         Raises:
             KvrelayError: the engine could not do it, or the lease ran out.
@@ -100,7 +108,7 @@ class _PrefillCall:
         while (response := await self._outbox.get()) is not None:
             if isinstance(response, KvrelayError):
                 raise response
-            await failpoints.reach("prefill.admitted" if response.HasField("admitted") else "prefill.first_token")
+            await failpoints.reach(_FAILPOINTS[response.WhichOneof("event") or ""])
             yield response
             if response.HasField("first_token") and self._handover is not None:
                 break
@@ -114,6 +122,7 @@ class _PrefillCall:
                 self._admit(event, step)
             case Progress() if self._handover is not None:
                 self._handover.advance(event.num_computed_tokens // self._worker.block_size)
+                self._announce_last_chunk(event.num_computed_tokens)
                 failpoints.reach_now("prefill.chunk")
             case Sampled():
                 self._complete(event, step)
@@ -132,6 +141,13 @@ class _PrefillCall:
         self._handover, ticket = self._worker.source.grant(event.request_id, event.block_ids, event.generations)
         self._handover.advance(event.num_cached_blocks)
         self._outbox.put_nowait(worker_pb2.PrefillResponse(admitted=worker_pb2.Admitted(ticket=ticket)))
+        self._announce_last_chunk(self._cached_tokens)
+
+    def _announce_last_chunk(self, num_computed_tokens: int) -> None:
+        num_left = len(self.request.token_ids) - num_computed_tokens
+        if self._announces_last_chunk and num_left <= self._worker.max_batched_tokens:
+            self._announces_last_chunk = False
+            self._outbox.put_nowait(worker_pb2.PrefillResponse(last_chunk=worker_pb2.LastChunk()))
 
     def _complete(self, event: Sampled, step: StepOutput) -> None:
         self._trace(SpanName.PREFILL, self._admitted_at, step.ended)

@@ -135,15 +135,17 @@ def _reference(path: Path) -> Any:
     return tf.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
 
 
-def greedy_oracle(path: Path, prompt_ids: Sequence[int], count: int) -> list[int]:
-    """The `count` tokens that transformers' `generate` makes of a prompt in float32, end of sequence or not."""
-    return list(_generate(path, tuple(prompt_ids), count))
+def greedy_oracle(path: Path, prompt_ids: Sequence[int], count: int, *, ignore_eos: bool = False) -> list[int]:
+    """The tokens that transformers' `generate` makes of a prompt in float32: `count`, or fewer to the end of text."""
+    return list(_generate(path, tuple(prompt_ids), count, ignore_eos))
 
 
 @functools.cache
-def _generate(path: Path, prompt_ids: tuple[int, ...], count: int) -> tuple[int, ...]:
+def _generate(path: Path, prompt_ids: tuple[int, ...], count: int, ignore_eos: bool) -> tuple[int, ...]:
     ids = torch.tensor([prompt_ids])
-    config = tf.GenerationConfig(max_new_tokens=count, do_sample=False, pad_token_id=2)
+    # What is left open is the checkpoint's end of sequence; -1 is a token that never comes.
+    end = {"eos_token_id": -1} if ignore_eos else {}
+    config = tf.GenerationConfig(max_new_tokens=count, do_sample=False, pad_token_id=2, **end)
     with torch.inference_mode():
         output = _reference(path).generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
     return tuple(output[0, len(prompt_ids) :].tolist())

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import hmac
 import json
+import math
 import re
 from dataclasses import dataclass
 
@@ -44,6 +45,7 @@ class ModelInfo:
         block_size: tokens in a KV block.
         layout_digest: hex digest of the KV layout; equal ones can exchange blocks.
         model_digest: hex digest of the checkpoint.
+        block_bytes: bytes of a KV block; 0 if unknown.
     """
 
     id: str
@@ -53,9 +55,10 @@ class ModelInfo:
     block_size: int
     layout_digest: str
     model_digest: str
+    block_bytes: int = 0
 
     def __post_init__(self) -> None:
-        _require_counts(self, "context_length", "vocab_size", "block_size")
+        _require_counts(self, "context_length", "vocab_size", "block_size", "block_bytes")
         _require_hex(self, "layout_digest", "model_digest")
 
 
@@ -136,6 +139,7 @@ class WorkerLoad:
 
     Attributes:
         waiting_tokens: prompt tokens that are queued or running and not computed yet.
+        prefill_rate: prompt tokens computed per second, as measured; 0 while unknown.
     """
 
     state: WorkerState
@@ -144,9 +148,12 @@ class WorkerLoad:
     blocks_total: int
     blocks_free: int
     waiting_tokens: int
+    prefill_rate: float = 0.0
 
     def __post_init__(self) -> None:
-        _require_counts(self, "running", "waiting", "blocks_total", "blocks_free", "waiting_tokens")
+        _require_counts(self, "running", "waiting", "blocks_total", "blocks_free", "waiting_tokens", "prefill_rate")
+        if not math.isfinite(self.prefill_rate):
+            raise ValueError("prefill_rate: not finite")
 
 
 @dataclass(frozen=True, slots=True)

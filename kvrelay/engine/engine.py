@@ -52,6 +52,9 @@ class _Failure:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
+    """A step in flight, and when the call began that launched it."""
+
+    started: float
     chunks: list[Chunk]
     launched: Launched
 
@@ -68,6 +71,7 @@ class Engine:
         self.runner = runner
         self.clock = clock
         self._in_flight: deque[_Step] = deque()
+        self._last_ended = float("-inf")
 
     def step(self) -> StepOutput:
         """Computes one batch. A batch that cannot be computed fails its own sequences, nobody else's."""
@@ -75,17 +79,17 @@ class Engine:
         chunks, events = self.scheduler.schedule(started)
         overlaps = bool(chunks) and self.runner.overlaps
         if chunks:
-            self._in_flight.append(_Step(chunks, self._launch(chunks)))
+            self._in_flight.append(_Step(started, chunks, self._launch(chunks)))
             if overlaps:
                 self.scheduler.assume(chunks)
-        num_collected = len(self._in_flight) - overlaps
-        events += self._collect(num_collected)
-        return self._output(events, started, chunks, idle=not chunks and num_collected == 0)
+        collected = self._collect(len(self._in_flight) - overlaps, events)
+        return self._output(events, started, chunks, collected, idle=not chunks and not collected)
 
     def finish(self) -> StepOutput:
         """Waits for what is in flight, and launches nothing."""
-        started = self.clock()
-        return self._output(self._collect(len(self._in_flight)), started, [], idle=True)
+        started, events = self.clock(), list[Event]()
+        collected = self._collect(len(self._in_flight), events)
+        return self._output(events, started, [], collected, idle=True)
 
     def _launch(self, chunks: list[Chunk]) -> Launched:
         try:
@@ -93,19 +97,25 @@ class Engine:
         except Exception as error:
             return _Failure(error)
 
-    def _collect(self, count: int) -> list[Event]:
-        """Commits the oldest steps in flight."""
-        events = []
-        for _ in range(count):
-            step = self._in_flight.popleft()
+    def _collect(self, count: int, events: list[Event]) -> list[_Step]:
+        """Commits the oldest steps in flight, adds what happened to the events, and answers with the steps."""
+        collected = [self._in_flight.popleft() for _ in range(count)]
+        for step in collected:
             try:
                 events += self.scheduler.commit(step.chunks, step.launched.tokens())
             except Exception:
                 log.exception("a step of %d chunks failed", len(step.chunks))
                 error = Internal("the engine could not compute this request", reason="ENGINE_STEP_FAILED")
                 events += self.scheduler.fail(step.chunks, error)
-        return events
+        return collected
 
-    def _output(self, events: list[Event], started: float, chunks: list[Chunk], idle: bool) -> StepOutput:
+    def _output(
+        self, events: list[Event], started: float, chunks: list[Chunk], collected: list[_Step], idle: bool
+    ) -> StepOutput:
+        ended = self.clock()
+        for step in collected:
+            # A device begins a step when it is done with the one before, so steps that overlap share no time.
+            self.scheduler.observe(step.chunks, ended - max(step.started, self._last_ended))
+        self._last_ended = ended
         num_tokens = sum(chunk.length for chunk in chunks)
-        return StepOutput(tuple(events), num_tokens, started, self.clock(), self.scheduler.load(), idle)
+        return StepOutput(tuple(events), num_tokens, started, ended, self.scheduler.load(), idle)

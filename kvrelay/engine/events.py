@@ -88,6 +88,7 @@ class EngineLoad:
     Attributes:
         waiting_tokens: tokens that are known but not computed.
         preemptions: so far.
+        prefill_rate: prompt tokens computed per second, as measured; 0 while unknown.
     """
 
     running: int
@@ -96,6 +97,7 @@ class EngineLoad:
     blocks_total: int
     blocks_free: int
     preemptions: int = 0
+    prefill_rate: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

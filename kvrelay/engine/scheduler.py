@@ -2,8 +2,9 @@
 
 Iteration-level scheduling after Orca (Yu et al., OSDI 2022) with chunked prefill after Sarathi-Serve (Agrawal et al.,
 OSDI 2024): each step computes one token of every decoding sequence first, then as many prompt tokens as the budget
-leaves. When blocks run out, the youngest sequence gives its own back, and is recomputed later or goes on elsewhere; but
-the blocks of a sequence that is to be handed over are promised to a decode worker and stay.
+leaves; `StepBudget` says how many that are beside decoding sequences. When blocks run out, the youngest sequence gives
+its own back, and is recomputed later or goes on elsewhere; but the blocks of a sequence that is to be handed over are
+promised to a decode worker and stay.
 
 A step may be scheduled before the one before it is committed, while the device computes that one. It is then assumed
 to bring what every step brings: the KV cache of its chunks, and one token of which only the device knows which it is.
@@ -35,6 +36,7 @@ from kvrelay.engine.events import (
 from kvrelay.engine.prefix_cache import PrefixCache
 from kvrelay.engine.sequence import Chunk, Role, Sequence, SequenceState
 from kvrelay.engine.sequence_table import SequenceTable
+from kvrelay.engine.step_budget import StepBudget
 from kvrelay.errors import (
     AlreadyExists,
     DeadlineExceeded,
@@ -59,6 +61,7 @@ class Limits:
         model_digest: where the names of cached prefixes begin.
         evicts: a sequence that must give its blocks back fails, reason EVICTED, for whoever sent it to continue it
             elsewhere; else it is recomputed here, in front of everyone.
+        itl_limit: seconds that a step with decoding sequences in it may take because of prompt tokens; 0 is no limit.
     """
 
     max_num_sequences: int
@@ -68,6 +71,7 @@ class Limits:
     model_digest: bytes = b""
     prefix_caching: bool = True
     evicts: bool = False
+    itl_limit: float = 0.0
 
 
 class Scheduler:
@@ -91,6 +95,7 @@ class Scheduler:
         self._table = SequenceTable(pool, limits.max_num_sequences)
         self._prefixes = PrefixCache(pool, limits.block_size, limits.model_digest, limits.prefix_caching)
         self._deadlines = Deadlines(self._table.sequences)
+        self._budget = StepBudget(limits.max_batched_tokens, limits.itl_limit, limits.block_size)
         self._num_preemptions = 0
         self._events: list[Event] = []
 
@@ -110,6 +115,7 @@ class Scheduler:
             blocks_total=self.pool.num_blocks,
             blocks_free=self.pool.num_free,
             preemptions=self._num_preemptions,
+            prefill_rate=self._budget.prefill_rate,
         )
 
     def held(self) -> list[HeldBlocks]:
@@ -202,13 +208,18 @@ class Scheduler:
         Sequences whose deadline has passed fail first, so that expired work never starts.
         """
         self._expire(now)
-        budget = self.limits.max_batched_tokens
+        budget = self._budget.num_tokens(self._table.num_decoding)
         chunks = self._schedule_running(budget)
         if chunks is not None:
             budget -= sum(chunk.length for chunk in chunks)
             chunks += self._schedule_waiting(budget, now)
         events, self._events = self._events, []
         return chunks or [], events
+
+    def observe(self, chunks: Items[Chunk], seconds: float) -> None:
+        """A step of these chunks took so long, which says what later ones may hold."""
+        num_prompt_tokens = sum(chunk.length for chunk in chunks if not chunk.decodes)
+        self._budget.observe(sum(chunk.length for chunk in chunks), num_prompt_tokens, seconds)
 
     def assume(self, chunks: Items[Chunk]) -> None:
         """Reckons with a step that has been launched and will be committed after the next one is scheduled."""

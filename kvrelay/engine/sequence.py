@@ -107,6 +107,11 @@ class Sequence:
         return known - self.num_computed_tokens - self.num_computing_tokens
 
     @property
+    def decodes(self) -> bool:
+        """Whether its next chunk is one token that follows a sampled one."""
+        return self.num_uncomputed_tokens == 1 and self.num_tokens > self.num_prompt_tokens
+
+    @property
     def in_flight(self) -> bool:
         """Whether a step in flight writes into its blocks."""
         return self.num_computing_tokens > 0
@@ -146,16 +151,19 @@ class Chunk:
 
     Attributes:
         samples: whether the next token is sampled after this chunk, because no token is left to compute.
+        decodes: whether it is a sampled token and nothing of a prompt.
     """
 
     sequence: Sequence
     start: int
     length: int
     samples: bool = field(init=False)
+    decodes: bool = field(init=False)
 
     def __post_init__(self) -> None:
         # Kept, because the sequence may have grown when the step is committed.
         object.__setattr__(self, "samples", self.end == self.sequence.num_tokens)
+        object.__setattr__(self, "decodes", self.length == 1 and self.start >= self.sequence.num_prompt_tokens)
 
     @property
     def end(self) -> int:

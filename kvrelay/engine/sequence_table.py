@@ -45,6 +45,11 @@ class SequenceTable:
         return len(self.running) + self.num_transferring
 
     @property
+    def num_decoding(self) -> int:
+        """Running sequences that have their prompt behind them."""
+        return sum(sequence.decodes for sequence in self.running.values())
+
+    @property
     def in_flight(self) -> bool:
         """Whether a step is."""
         return bool(self._in_flight)

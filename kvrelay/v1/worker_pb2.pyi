@@ -44,26 +44,34 @@ class Sampling(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[int] = ...) -> None: ...
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("sequence", "worker_epoch")
+    __slots__ = ("sequence", "worker_epoch", "announce_last_chunk")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     WORKER_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    ANNOUNCE_LAST_CHUNK_FIELD_NUMBER: _ClassVar[int]
     sequence: SequenceSpec
     worker_epoch: int
-    def __init__(self, sequence: _Optional[_Union[SequenceSpec, _Mapping]] = ..., worker_epoch: _Optional[int] = ...) -> None: ...
+    announce_last_chunk: bool
+    def __init__(self, sequence: _Optional[_Union[SequenceSpec, _Mapping]] = ..., worker_epoch: _Optional[int] = ..., announce_last_chunk: _Optional[bool] = ...) -> None: ...
 
 class PrefillResponse(_message.Message):
-    __slots__ = ("admitted", "first_token")
+    __slots__ = ("admitted", "first_token", "last_chunk")
     ADMITTED_FIELD_NUMBER: _ClassVar[int]
     FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    LAST_CHUNK_FIELD_NUMBER: _ClassVar[int]
     admitted: Admitted
     first_token: FirstToken
-    def __init__(self, admitted: _Optional[_Union[Admitted, _Mapping]] = ..., first_token: _Optional[_Union[FirstToken, _Mapping]] = ...) -> None: ...
+    last_chunk: LastChunk
+    def __init__(self, admitted: _Optional[_Union[Admitted, _Mapping]] = ..., first_token: _Optional[_Union[FirstToken, _Mapping]] = ..., last_chunk: _Optional[_Union[LastChunk, _Mapping]] = ...) -> None: ...
 
 class Admitted(_message.Message):
     __slots__ = ("ticket",)
     TICKET_FIELD_NUMBER: _ClassVar[int]
     ticket: bytes
     def __init__(self, ticket: _Optional[bytes] = ...) -> None: ...
+
+class LastChunk(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class FirstToken(_message.Message):
     __slots__ = ("token_id", "logprobs", "finish_reason", "cached_tokens", "prefill_queue", "prefill")
@@ -96,20 +104,26 @@ class DecodeRequest(_message.Message):
     def __init__(self, sequence: _Optional[_Union[SequenceSpec, _Mapping]] = ..., ticket: _Optional[bytes] = ..., gateway_id: _Optional[str] = ..., handle: _Optional[int] = ..., worker_epoch: _Optional[int] = ...) -> None: ...
 
 class DecodeResponse(_message.Message):
-    __slots__ = ("finish_reason", "completion_tokens", "transfer", "decode_queue", "first_decode_step", "ticket")
+    __slots__ = ("finish_reason", "completion_tokens", "transfer", "decode_queue", "first_decode_step", "ticket", "prefill_queue", "prefill", "cached_tokens")
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_FIELD_NUMBER: _ClassVar[int]
     DECODE_QUEUE_FIELD_NUMBER: _ClassVar[int]
     FIRST_DECODE_STEP_FIELD_NUMBER: _ClassVar[int]
     TICKET_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_QUEUE_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     finish_reason: _inference_pb2.FinishReason
     completion_tokens: int
     transfer: float
     decode_queue: float
     first_decode_step: float
     ticket: bytes
-    def __init__(self, finish_reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., completion_tokens: _Optional[int] = ..., transfer: _Optional[float] = ..., decode_queue: _Optional[float] = ..., first_decode_step: _Optional[float] = ..., ticket: _Optional[bytes] = ...) -> None: ...
+    prefill_queue: float
+    prefill: float
+    cached_tokens: int
+    def __init__(self, finish_reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., completion_tokens: _Optional[int] = ..., transfer: _Optional[float] = ..., decode_queue: _Optional[float] = ..., first_decode_step: _Optional[float] = ..., ticket: _Optional[bytes] = ..., prefill_queue: _Optional[float] = ..., prefill: _Optional[float] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class StreamFramesRequest(_message.Message):
     __slots__ = ("gateway_id", "worker_epoch")

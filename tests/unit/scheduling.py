@@ -143,6 +143,7 @@ class Bench:
         context_length: int = 100,
         prefix_caching: bool = True,
         overlap: bool = False,
+        itl_limit: float = 0.0,
     ) -> None:
         limits = Limits(
             max_num_sequences=max_num_sequences,
@@ -151,6 +152,7 @@ class Bench:
             block_size=block_size,
             model_digest=b"model",
             prefix_caching=prefix_caching,
+            itl_limit=itl_limit,
         )
         self.scheduler = Scheduler(BlockPool(num_blocks), limits)
         self.model = FakeModel(num_blocks, block_size, overlap)
