@@ -35,6 +35,7 @@ ACTIONS = ("kill", "stop", "raise", "delay", "flip")
 POINTS = {
     "prefill.admitted": "prefill worker: the blocks are reserved and the ticket is signed, which is not sent yet",
     "prefill.chunk": "prefill worker: a chunk of the prompt is computed, and not the last",
+    "prefill.last_chunk": "prefill worker: all but the last chunk is computed, which is not told yet, if it is to be",
     "prefill.first_token": "prefill worker: the prompt is done, and the first token is not sent yet",
     "decode.received": "decode worker: the call has come, and no block is reserved",
     "decode.reserved": "decode worker: the blocks are reserved, and nothing is pulled",

@@ -22,6 +22,12 @@ from kvrelay.worker import Resources, check_epoch
 
 __all__ = ["PrefillWorker"]
 
+_FAILPOINTS = {
+    "admitted": "prefill.admitted",
+    "last_chunk": "prefill.last_chunk",
+    "first_token": "prefill.first_token",
+}
+
 
 class PrefillWorker(worker_pb2_grpc.PrefillServiceServicer):
     """Serves PrefillService to gateways and KvService to decode workers."""
@@ -106,7 +112,7 @@ class _PrefillCall:
         while (response := await self._outbox.get()) is not None:
             if isinstance(response, KvrelayError):
                 raise response
-            await failpoints.reach("prefill.admitted" if response.HasField("admitted") else "prefill.first_token")
+            await failpoints.reach(_FAILPOINTS[response.WhichOneof("event") or ""])
             yield response
             if response.HasField("first_token") and self._handover is not None:
                 break

@@ -18,7 +18,6 @@ from kvrelay.control.private_redis import PrivateRedis
 from kvrelay.errors import KvrelayError
 from kvrelay.failpoints import VARIABLE
 from kvrelay.request import ClusterStatus, WorkerState
-from kvrelay.supervisor import die_with_parent
 from tests.e2e.cluster import free_port
 from tests.e2e.processes import clean_environment
 from tests.faults.proxy import Link, Proxy
@@ -29,6 +28,8 @@ __all__ = ["GATEWAY", "SETTINGS", "WORKERS", "Process", "Rig", "start_rig"]
 GATEWAY = "gateway"
 WORKERS = ("prefill-0", "prefill-1", "decode-0", "decode-1")
 START_SECONDS = 120.0
+# A function to run in the child would need a fork, which may hang where gRPC has threads.
+DIE_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL")
 POLL_SECONDS = 0.1
 # Many small blocks, chunks and steps, so that a fault has many moments to strike; leases end soon after a lost Release.
 SETTINGS = {
@@ -84,12 +85,11 @@ class Process:
         )
         with self.log.open("ab") as log:
             self.popen = subprocess.Popen(
-                place(sys.executable, "-m", "kvrelay", *self.arguments),
+                [*DIE_WITH_PARENT, *place(sys.executable, "-m", "kvrelay", *self.arguments)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 env=environment,
-                preexec_fn=die_with_parent,
             )
 
     def arm(self, text: str) -> None:
@@ -216,7 +216,7 @@ async def start_rig(folder: Path, model: Path, **settings: object) -> AsyncItera
     Args:
         settings: of the workers, by their names in `kvrelay.config`. Blocks reach decode-0 by gRPC always.
     """
-    redis = PrivateRedis(folder / "redis", preexec_fn=die_with_parent)
+    redis = PrivateRedis(folder / "redis")
     redis.start()
     port = free_port()
     async with contextlib.AsyncExitStack() as cleanup:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from kvrelay.control.private_redis import PrivateRedis
-from kvrelay.supervisor import die_with_parent
 from tests.checkpoints import make_checkpoint
 from tests.e2e.cluster import eventually
 from tests.faults.namespaces import Host, NoNamespaces, hosts
@@ -97,7 +96,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         places = making.__enter__()
     except NoNamespaces as reason:
         pytest.skip(str(reason))
-    redis = PrivateRedis(folder / "redis", preexec_fn=die_with_parent)
+    redis = PrivateRedis(folder / "redis")
     cluster = None
     try:
         model = make_checkpoint(folder / "model", "llama", num_hidden_layers=1)

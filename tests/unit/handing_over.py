@@ -183,7 +183,7 @@ class HandoverMachine(RuleBasedStateMachine):
         for _ in range(times):
             worker, bench = self.prefill, self.prefill.bench
             for request_id in worker.mailbox:
-                bench.scheduler.release(request_id)
+                bench.scheduler.forget(request_id)
                 worker.lives.pop(request_id, None)
             worker.mailbox.clear()
             bench.now = self.now
@@ -217,6 +217,14 @@ class HandoverMachine(RuleBasedStateMachine):
         for life in self.prefill.lives.values():
             life.lease_ended = True
         self.prefill = PrefillWorker(self.bench(self.prefill_blocks), self.prefill.epoch + 1)
+
+    @rule()
+    def lapse(self) -> None:
+        """The worker was taken for lost, and begins a new epoch with what it has."""
+        for life in self.leased():
+            life.lease_ended = True
+        self.prefill.epoch += 1
+        self.prefill.leases.begin_epoch(self.prefill.epoch)
 
     @rule(seconds=st.sampled_from(WAITS), sweep=st.booleans())
     def wait(self, seconds: float, sweep: bool) -> None:

@@ -50,13 +50,15 @@ def random_act(machine: HandoverMachine, random: Random) -> None:
 
 
 def disturb(machine: HandoverMachine, random: Random, index: int) -> None:
-    match random.choice(["wait", "wait", "abort", "break", "restart"]):
+    match random.choice(["wait", "wait", "abort", "break", "lapse", "restart"]):
         case "wait":
             machine.wait(random.choice(WAITS), random.random() < 0.5)
         case "abort":
             machine.abort(index, random.choice(list(Side)))
         case "break":
             machine.break_off(index)
+        case "lapse":
+            machine.lapse()
         case _:
             machine.restart()
 
