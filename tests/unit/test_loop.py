@@ -292,3 +292,23 @@ def test_whole_books_do_not_end_the_loop(rig: Rig, monkeypatch: pytest.MonkeyPat
     for _ in range(3):
         assert checked.acquire(timeout=SOON)
     assert rig.loop.alive
+
+
+def test_a_step_that_does_not_end_is_seen_from_outside(rig: Rig) -> None:
+    computing, go_on = threading.Event(), threading.Event()
+
+    def block(chunks: Items[Chunk]) -> bool:
+        computing.set()
+        go_on.wait(SOON)
+        return False
+
+    rig.refuse = block
+    rig.add("a")
+    assert computing.wait(SOON)
+    first = rig.loop.step_seconds()
+    time.sleep(0.01)
+    assert rig.loop.step_seconds() > first > 0.0
+    go_on.set()
+    rig.wait_for(Finished, "a")
+    while rig.loop.step_seconds() > 0.0:  # the loop has delivered before it sleeps
+        time.sleep(0.001)
