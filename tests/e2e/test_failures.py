@@ -159,6 +159,10 @@ def epochs(cluster: Cluster) -> dict[str, int]:
     return {worker.id: worker.epoch for worker in cluster.status().workers}
 
 
+def processes(cluster: Cluster) -> dict[str, int]:
+    return {worker.id: worker.pid for worker in cluster.status().workers}
+
+
 def check_restarted(cluster: Cluster, worker_id: str, before: dict[str, int]) -> None:
     """The worker is back under a higher epoch, and it gets requests again."""
     cluster.wait_ready()
@@ -268,7 +272,7 @@ def test_seeded_sampling_with_log_probabilities_and_a_stop_string_survives_a_kil
 
 
 def test_killed_redis(cluster: Cluster, client: Client) -> None:
-    before = epochs(cluster)
+    before = processes(cluster)
     with running(client, 4) as readings:
         pid = private_redis(cluster.run_dir)
         assert pid is not None
@@ -277,11 +281,11 @@ def test_killed_redis(cluster: Cluster, client: Client) -> None:
         check_complete(readings)
     assert private_redis(cluster.run_dir) not in (None, pid)
     cluster.wait_ready()
-    assert epochs(cluster) == before
+    assert processes(cluster) == before
 
 
 def test_wiped_redis(cluster: Cluster, client: Client) -> None:
-    before = epochs(cluster)
+    before = processes(cluster)
     with running(client, 4) as readings, Redis(unix_socket_path=f"{cluster.run_dir}/redis/redis.sock") as redis:
         redis.flushall()
         assert works(client)
@@ -289,7 +293,7 @@ def test_wiped_redis(cluster: Cluster, client: Client) -> None:
         assert works(client)
         check_complete(readings)
     cluster.wait_ready()
-    assert epochs(cluster) == before
+    assert processes(cluster) == before
 
 
 def test_frozen_redis(cluster: Cluster, client: Client) -> None:
@@ -315,7 +319,7 @@ def test_frozen_redis(cluster: Cluster, client: Client) -> None:
 
 
 def test_a_killed_gateway(cluster: Cluster, client: Client) -> None:
-    before, pid = epochs(cluster), gateway_process(cluster)
+    before, pid = processes(cluster), gateway_process(cluster)
     decode = [cluster.pid(worker_id) for worker_id in ("decode-0", "decode-1")]
     with running(client, 4) as readings:
         with silent(*decode):
@@ -332,7 +336,7 @@ def test_a_killed_gateway(cluster: Cluster, client: Client) -> None:
     cluster.wait_ready()
     cluster.wait_whole()
     assert gateway_process(cluster) != pid
-    assert epochs(cluster) == before
+    assert processes(cluster) == before
     again = Reading(client, **GREEDY, max_tokens=LATE_LENGTH, request_id=late[0].request_id)
     check_complete([again])
     check_agree([again, *victims])
