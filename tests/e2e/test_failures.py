@@ -169,8 +169,15 @@ def check_restarted(cluster: Cluster, worker_id: str, before: dict[str, int]) ->
     eventually(lambda: epochs(cluster)[worker_id] > before[worker_id], START_SECONDS, f"{worker_id} has a new epoch")
     cluster.wait_ready()
     with cluster.client() as client:
-        readings = [a_long_prompt(client) for _ in range(4)]
-        eventually(lambda: on_worker(client, worker_id), 30, f"{worker_id} serves")
+        readings: list[Reading] = []
+
+        def serves() -> bool:
+            # The worker may be ready a moment before the gateway is connected to it.
+            if all(reading.ended for reading in readings):
+                readings.extend(a_long_prompt(client) for _ in range(4))
+            return bool(on_worker(client, worker_id))
+
+        eventually(serves, 30, f"{worker_id} serves")
         for reading in readings:
             reading.cancel()
 
