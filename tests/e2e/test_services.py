@@ -12,7 +12,7 @@ from tests.e2e.cluster import Cluster
 GATEWAY = {"kvrelay.v1.InferenceService"}
 SERVICES = {
     WorkerRole.PREFILL: {"kvrelay.v1.PrefillService", "kvrelay.v1.KvService", "kvrelay.v1.WorkerService"},
-    WorkerRole.DECODE: {"kvrelay.v1.DecodeService", "kvrelay.v1.WorkerService"},
+    WorkerRole.DECODE: {"kvrelay.v1.DecodeService", "kvrelay.v1.KvService", "kvrelay.v1.WorkerService"},
 }
 
 
