@@ -13,10 +13,11 @@ from kvrelay.engine.engine import Engine
 from kvrelay.engine.kernels import choose_kernels
 from kvrelay.engine.kv_cache import KvCache
 from kvrelay.engine.kv_layout import KvLayout
+from kvrelay.engine.limits import Limits
 from kvrelay.engine.models.llama import LlamaModel, LlamaShape
 from kvrelay.engine.models.spec import ModelSpec
 from kvrelay.engine.runner import ModelRunner
-from kvrelay.engine.scheduler import Limits, Scheduler
+from kvrelay.engine.scheduler import Scheduler
 from kvrelay.engine.sequence import Role
 from kvrelay.engine.sequence import Sequence as EngineSequence
 from kvrelay.request import Request, Sampling

@@ -32,7 +32,8 @@ from kvrelay.control.private_redis import PrivateRedis
 from kvrelay.control.request_queue import RequestQueue
 from kvrelay.engine.block_pool import BlockPool
 from kvrelay.engine.engine import Engine
-from kvrelay.engine.scheduler import Limits, Scheduler
+from kvrelay.engine.limits import Limits
+from kvrelay.engine.scheduler import Scheduler
 from kvrelay.engine.sequence import Role
 
 __all__ = ["Case", "Timed", "main", "run_case", "waiting_memory"]

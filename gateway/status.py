@@ -26,7 +26,7 @@ class ClusterView:
         self._admission = admission
 
     def models(self) -> tuple[Model, ...]:
-        """The models that could be asked for now, with what the least of their workers can take."""
+        """The models that can be asked for, with what the least of their workers can take."""
         found: dict[str, Model] = {}
         for entry in self._fleet.entries():
             model = entry.record.model

@@ -1,5 +1,6 @@
 """Which transport a pair of workers uses: of those that both can do, the fastest that works."""
 
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -93,14 +94,14 @@ async def choose_transport(
 async def _tried_out(
     receiver: BlockReceiver, try_out: Callable[[BlockReceiver], Awaitable[float]]
 ) -> tuple[BlockReceiver, float]:
-    try:
-        return receiver, await try_out(receiver)
-    except TransferFailed as failure:
-        receiver.close()
-        raise FailedPrecondition(failure.message, reason=failure.reason) from failure
-    except BaseException:
-        receiver.close()
-        raise
+    with contextlib.ExitStack() as unless_it_works:
+        unless_it_works.callback(receiver.close)
+        try:
+            bandwidth = await try_out(receiver)
+        except TransferFailed as failure:
+            raise FailedPrecondition(failure.message, reason=failure.reason) from failure
+        unless_it_works.pop_all()
+    return receiver, bandwidth
 
 
 def _refused(problem: str) -> FailedPrecondition:

@@ -20,8 +20,9 @@ from kvrelay.engine.async_engine import AsyncEngine
 from kvrelay.engine.block_pool import BlockPool
 from kvrelay.engine.checkpoint import check_checkpoint, resolve_checkpoint
 from kvrelay.engine.engine import Engine
+from kvrelay.engine.limits import Limits
 from kvrelay.engine.runner import ModelRunner
-from kvrelay.engine.scheduler import Limits, Scheduler
+from kvrelay.engine.scheduler import Scheduler
 from kvrelay.errors import FailedPrecondition, Unavailable
 from kvrelay.lifetime import StopRequest, settle
 from kvrelay.request import HeldBlocks, LinkStatus, WorkerRole, WorkerState, WorkerStatus

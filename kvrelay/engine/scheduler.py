@@ -18,7 +18,6 @@ What is decided here is entered in three books: where sequences stand (`Sequence
 from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
 
 from kvrelay.engine.block_pool import BlockPool
 from kvrelay.engine.deadlines import Deadlines
@@ -33,6 +32,7 @@ from kvrelay.engine.events import (
     Progress,
     Sampled,
 )
+from kvrelay.engine.limits import Limits
 from kvrelay.engine.prefix_cache import PrefixCache
 from kvrelay.engine.sequence import Chunk, Role, Sequence, SequenceState
 from kvrelay.engine.sequence_table import SequenceTable
@@ -47,31 +47,7 @@ from kvrelay.errors import (
 )
 from kvrelay.request import FinishReason, Token
 
-__all__ = ["Limits", "Scheduler"]
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What bounds a step and a sequence.
-
-    Attributes:
-        max_num_sequences: sequences that run, or whose KV cache is being transferred, at once.
-        max_batched_tokens: tokens computed in one step.
-        context_length: tokens, prompt and completion, that a sequence may have.
-        model_digest: where the names of cached prefixes begin.
-        evicts: a sequence that must give its blocks back fails, reason EVICTED, for whoever sent it to continue it
-            elsewhere; else it is recomputed here, in front of everyone.
-        itl_limit: seconds that a step with decoding sequences in it may take because of prompt tokens; 0 is no limit.
-    """
-
-    max_num_sequences: int
-    max_batched_tokens: int
-    context_length: int
-    block_size: int
-    model_digest: bytes = b""
-    prefix_caching: bool = True
-    evicts: bool = False
-    itl_limit: float = 0.0
+__all__ = ["Scheduler"]
 
 
 class Scheduler:

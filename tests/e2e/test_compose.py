@@ -72,6 +72,7 @@ def compose() -> Iterator[Compose]:
             finally:
                 compose("down", "--volumes", "--timeout", "5")
     except NoDaemon as reason:
+        # A daemon needs root, cgroups and a file system for layers, which a container or a laptop may not give.
         pytest.skip(f"no Docker daemon can be started: {reason}")
 
 

@@ -9,8 +9,9 @@ from kvrelay.config import EngineSettings
 from kvrelay.engine.block_pool import BlockPool
 from kvrelay.engine.engine import Engine
 from kvrelay.engine.events import Event, Failed, Finished, Sampled
+from kvrelay.engine.limits import Limits
 from kvrelay.engine.runner import ModelRunner
-from kvrelay.engine.scheduler import Limits, Scheduler
+from kvrelay.engine.scheduler import Scheduler
 from kvrelay.engine.sequence import Role, Sequence
 from kvrelay.request import Request, Sampling, Token
 

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 from kvrelay.engine.block_pool import BlockPool
 from kvrelay.engine.engine import Launched
 from kvrelay.engine.events import Admitted, Event, Failed, Finished, Progress, Sampled
-from kvrelay.engine.scheduler import Limits, Scheduler
+from kvrelay.engine.limits import Limits
+from kvrelay.engine.scheduler import Scheduler
 from kvrelay.engine.sequence import Chunk, Role, Sequence, SequenceState
 from kvrelay.request import Request, Sampling, Token
 

@@ -9,7 +9,8 @@ from kvrelay.engine.async_engine import AsyncEngine
 from kvrelay.engine.block_pool import BlockPool
 from kvrelay.engine.engine import Engine
 from kvrelay.engine.events import Event, Failed, Finished, Sampled, StepOutput
-from kvrelay.engine.scheduler import Limits, Scheduler
+from kvrelay.engine.limits import Limits
+from kvrelay.engine.scheduler import Scheduler
 from kvrelay.engine.sequence import Chunk
 from kvrelay.engine.sequence import Sequence as EngineSequence
 from kvrelay.errors import AlreadyExists, InvalidArgument

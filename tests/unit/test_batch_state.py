@@ -15,7 +15,8 @@ from kvrelay.engine.engine import Engine
 from kvrelay.engine.events import Failed, StepOutput
 from kvrelay.engine.kv_cache import KvCache
 from kvrelay.engine.kv_layout import KvLayout
-from kvrelay.engine.scheduler import Limits, Scheduler
+from kvrelay.engine.limits import Limits
+from kvrelay.engine.scheduler import Scheduler
 from kvrelay.engine.sequence import Chunk, Sequence
 from kvrelay.request import Request, Sampling, Token
 

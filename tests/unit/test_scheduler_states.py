@@ -7,7 +7,8 @@ from scheduling import GARBAGE, VOCABULARY, Bench, NewBench, whole
 
 from kvrelay.engine.block_pool import BlockPool
 from kvrelay.engine.events import Failed, Finished
-from kvrelay.engine.scheduler import Limits, Scheduler
+from kvrelay.engine.limits import Limits
+from kvrelay.engine.scheduler import Scheduler
 from kvrelay.engine.sequence import Role, Sequence, SequenceState
 from kvrelay.errors import AlreadyExists, InvalidArgument, Unavailable
 from kvrelay.request import FinishReason
