@@ -55,7 +55,7 @@ class Scheduler:
 
     Who commits a step only after the next has been scheduled calls `assume` in between. Steps are committed in order.
 
-    Between the calls, sequences may be added, aborted, adopted or released; what that brings about is among the
+    Between the calls, sequences may be added, aborted, adopted or handed over; what that brings about is among the
     events that the next `schedule` or `commit` returns.
 
     Raises:
@@ -169,12 +169,6 @@ class Scheduler:
         if sequence is not None:
             sequence.leaving = True
             self._hold_if_leaving(sequence)
-
-    def release(self, request_id: str) -> None:
-        """The blocks of a held sequence are not needed any more."""
-        sequence = self._table.sequences.get(request_id)
-        if sequence is not None and sequence.state is SequenceState.HELD:
-            self._table.finish(sequence)
 
     # The step
 

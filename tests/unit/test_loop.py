@@ -139,7 +139,7 @@ def test_the_load_is_that_after_the_last_step(rig: Rig) -> None:
     rig.add("a", role=Role.PREFILL)
     rig.wait_for(Sampled, "a")
     assert rig.loop.load.blocks_free == 63
-    rig.loop.tell(lambda scheduler: scheduler.release("a")).result(SOON)
+    rig.loop.tell(lambda scheduler: scheduler.forget("a")).result(SOON)
     rig.add("b")
     rig.wait_for(Finished, "b")
     assert rig.loop.load.blocks_free == 64

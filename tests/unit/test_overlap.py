@@ -109,7 +109,7 @@ def test_an_adopted_sequence_goes_on_from_the_token_it_came_with(checkpoint: Cal
         second.step()
         second.runner.cache.write_blocks(target.block_table, first.runner.cache.read_blocks(source.block_table))
         second.scheduler.adopt(name, source.token_ids[-1])
-        first.scheduler.release(name)
+        first.scheduler.forget(name)
         second.step()
         expected = greedy_oracle(path, prompt, 12)
         assert first.token_ids(name) == expected[:1]

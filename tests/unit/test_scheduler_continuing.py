@@ -82,7 +82,7 @@ def test_who_leaves_is_held_with_all_but_its_last_token(bench: NewBench, num_ste
     house.model.check(sequence, num_computed)
     assert [house.pool.generation(block) for block in event.block_ids] == list(event.generations)
     assert house.got("stays") == house.expected(stays)
-    house.scheduler.release("r")
+    house.scheduler.forget("r")
     house.schedule()
     assert whole(house.scheduler.load())
 

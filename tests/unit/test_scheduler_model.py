@@ -180,7 +180,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def release(self, index: int) -> None:
         for life in self.one(index, HELD):
             life.released = True
-            self.scheduler.release(life.sequence.request_id)
+            self.scheduler.forget(life.sequence.request_id)
 
     @rule(index=which, disturbance=st.sampled_from(Disturbance))
     def disturb(self, index: int, disturbance: Disturbance) -> None:

@@ -53,7 +53,7 @@ def test_a_sequence_without_younger_ones_gives_way_itself(bench: NewBench) -> No
     sequence = house.add("a", range(8), max_tokens=4)
     house.drain()
     assert (sequence.state, house.sequences["held"].state) == (WAITING, HELD)
-    house.scheduler.release("held")
+    house.scheduler.forget("held")
     house.drain()
     assert house.got("a") == house.expected(sequence)
 
@@ -84,7 +84,7 @@ def test_blocks_promised_to_a_decode_worker_are_not_taken(bench: NewBench) -> No
     assert (old.state, promised.state) == (WAITING, HELD)
     assert len(house.admissions("promised")) == 1
     house.model.check(promised, 24)
-    house.scheduler.release("promised")
+    house.scheduler.forget("promised")
     house.drain()
     assert house.got("old") == house.expected(old)
 

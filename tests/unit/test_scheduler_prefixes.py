@@ -134,5 +134,5 @@ def test_held_blocks_survive_pressure_until_they_are_released(bench: NewBench) -
     assert [len(house.ends[str(number)]) for number in range(4)] == [1] * 4
     house.model.check(held, 10)
     assert [house.pool.generation(block) for block in held.block_table] == generations
-    house.scheduler.release("held")
+    house.scheduler.forget("held")
     assert whole(house.scheduler.load())

@@ -39,7 +39,7 @@ def test_prefill_is_held_after_its_first_token_until_released(bench: NewBench) -
     assert house.ends["a"] == []
     [held] = house.scheduler.held()
     assert (held.request_id, held.state, held.block_ids) == ("a", "held", tuple(sequence.block_table))
-    house.scheduler.release("a")
+    house.scheduler.forget("a")
     assert sequence.state is FINISHED
     house.step()
     assert house.ends["a"] == []
@@ -142,15 +142,6 @@ def test_adopt_and_recompute_concern_only_a_transfer(bench: NewBench, state: Seq
     house.scheduler.recompute("unknown", 1)
     assert sequence.state is state
     assert house.scheduler.load() == before
-
-
-@pytest.mark.parametrize("state", [WAITING, TRANSFERRING, RUNNING])
-def test_release_concerns_only_what_is_held(bench: NewBench, state: SequenceState) -> None:
-    house = bench()
-    sequence = bring_to(house, state)
-    house.scheduler.release("a")
-    house.scheduler.release("unknown")
-    assert sequence.state is state
 
 
 def test_an_id_is_known_once(bench: NewBench) -> None:

@@ -76,7 +76,7 @@ def test_first_come_first_served(bench: NewBench) -> None:
     house.add("small", [90])
     assert house.step() == []
     assert house.scheduler.load().waiting == 2
-    house.scheduler.release("long")
+    house.scheduler.forget("long")
     assert [shape[0] for shape in house.step()] == ["large", "small"]
 
 
