@@ -33,14 +33,12 @@ class Recovery:
 
     Attributes:
         avoided: the starts of workers that failed it; another start of the same worker is another chance.
-        num_recoveries: how often it went on, also where nobody was to blame.
     """
 
     def __init__(self, max_failures: int) -> None:
         self._max_failures = max_failures
         self._num_failures = 0
         self.avoided: set[WorkerStart] = set()
-        self.num_recoveries = 0
 
     def note(self, error: KvrelayError, start: WorkerStart | None) -> None:
         """An attempt ended with this error, by the doing of this worker if one is known.
@@ -57,7 +55,6 @@ class Recovery:
             self._num_failures += 1
             if self._num_failures > self._max_failures:
                 raise _given_up(error, self._num_failures) from error
-        self.num_recoveries += 1
 
     @property
     def delay(self) -> float:

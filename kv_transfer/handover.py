@@ -1,4 +1,4 @@
-"""What a prefill worker holds for one request, from the first block to the end of its lease."""
+"""What a worker holds for another to take over, for one request, from the first block to the end of its lease."""
 
 import asyncio
 import enum

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from kvrelay.engine.engine import Engine
-from kvrelay.engine.events import EngineLoad, Event, Failed, Finished, HeldBlocks, StepOutput
+from kvrelay.engine.events import EngineLoad, Event, Failed, Finished, StepOutput
 from kvrelay.engine.loop import EngineLoop
 from kvrelay.engine.scheduler import Scheduler
 from kvrelay.engine.sequence import Sequence
@@ -102,9 +102,6 @@ class AsyncEngine:
         del self._leaving[request_id]
         if not future.cancelled() and (error := future.exception()) is not None:
             log.debug("request %s ended with the engine: %s", request_id, error)
-
-    async def held(self) -> list[HeldBlocks]:
-        return await self.ask(lambda scheduler: scheduler.held())
 
     def generation(self, block_id: int) -> int:
         """As `BlockPool.generation`, at this moment; may be asked from any thread."""

@@ -52,7 +52,7 @@ async def engine(request: pytest.FixtureRequest) -> AsyncIterator[AsyncEngine]:
 async def nothing_is_held(engine: AsyncEngine) -> None:
     """What ended in flight is held until the step in flight is over."""
     async with asyncio.timeout(TIME_LIMIT):
-        while await engine.held():
+        while await engine.ask(lambda scheduler: scheduler.held()):
             pass
 
 
