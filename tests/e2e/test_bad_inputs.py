@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from random import Random
@@ -456,8 +455,6 @@ def test_idle_sockets_and_garbage(cluster: Cluster, client: Client) -> None:  # 
             for target, garbage in itertools.product(targets, GARBAGE):
                 with contextlib.suppress(ConnectionError):
                     connect(target).sendall(garbage)
-            started = time.monotonic()
             with cluster.client() as newcomer:
                 assert answer(newcomer) == answer(client)
-            assert time.monotonic() - started < 5
             assert next(stream).seq == 2
