@@ -4,9 +4,10 @@
 
 transfer-rates: the blocks of a prompt of the small shape, from another process on this host. "copy" is what the
 transport itself does for all of them at once; "pull" is the whole handover (ticket, events, copies, release) of a
-prompt that is complete and not cached. Beside the copy what limits it, measured in the same rounds: for shm a memcpy of
-the same bytes out of the other process's memory, for nixl its own read in one piece. Transports that this machine lacks
-have no row.
+prompt that is complete and not cached. Beside the copy what limits it: for shm a memcpy of the same bytes out of the
+other process's memory by one thread, for nixl the bindings' own read of them, a request that was made beforehand and is
+only posted. Either is measured right before or right after the copy, in turn, for who comes second finds the caches
+warm. Transports that this machine lacks have no row.
 
 transfer-overlap: a prompt of 2,000 tokens through a whole cluster of the small shape. The transfer is what the second
 token waits for after prefill has ended.
@@ -15,6 +16,7 @@ token waits for after prefill has ended.
 import argparse
 import asyncio
 import dataclasses
+import functools
 import json
 import mmap
 import os
@@ -23,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,7 @@ KEY = b"k" * 32
 EPOCH = 1
 BLOCK_SIZE = 16
 CHECKSUMS = ("off", "sampled", "full")
+LIMITS = {"shm": "memcpy", "nixl": "raw nixl"}
 START_SECONDS = 120.0
 
 
@@ -148,35 +151,40 @@ async def _pull_all(
     links = {name: Links(registry, "decode-0", cache, name) for name in transports}
     blocks, found = range(cache.num_blocks), defaultdict(list)
     num_bytes = cache.block_bytes.numel()
-    theirs = _mapped(registry.snapshot()["prefill-0"].record.shm)
-    own = cache.block_bytes.view(-1).numpy()
-    raw = await _raw_nixl(registry, cache) if "nixl" in transports else None
+    limits = {"shm": _memcpy(registry, cache)}
+    if "nixl" in transports:
+        limits["nixl"] = await _raw_nixl(registry, cache)
 
-    async def timed(name: str, work: Callable[[], Any]) -> None:
+    async def timed(name: str, work: Callable[[], Awaitable[Any]]) -> None:
         started = time.perf_counter()
-        answer = work()
-        if asyncio.iscoroutine(answer):
-            await answer
+        await work()
         found[name].append(num_bytes / (time.perf_counter() - started))
 
-    def copy() -> None:
-        numpy.copyto(own, theirs)
-
-    for _ in range(rounds + 1):
-        await timed("memcpy", copy)
-        if raw is not None:
-            await timed("raw nixl", raw)
+    for number in range(rounds + 1):
         for name in transports:
-            if name != "grpc":  # whose bytes come in the events
+            if name in limits:  # not grpc, whose bytes come in the events
                 async with links[name].use("prefill-0", EPOCH) as link:
-                    await timed(f"{name} copy", lambda link=link: link.receiver.receive(blocks, blocks, b""))
+                    copy = functools.partial(link.receiver.receive, blocks, blocks, b"")
+                    pair = [(LIMITS[name], limits[name]), (f"{name} copy", copy)]
+                    for what, work in pair if number % 2 else reversed(pair):
+                        await timed(what, work)
             for mode in CHECKSUMS:
                 puller = Puller(links[name], cache, KEY, mode)
                 ticket = bytes.fromhex(tickets.pop())
-                await timed(f"{name} {mode}", lambda pull=puller.pull, ticket=ticket: pull(ticket, blocks, 0))
+                await timed(f"{name} {mode}", functools.partial(puller.pull, ticket, blocks, 0))
     for each in links.values():
         await each.close()
     return {name: values[1:] for name, values in found.items()}
+
+
+def _memcpy(registry: _Registry, cache: KvCache) -> Callable[[], Awaitable[None]]:
+    """A copy of the other process's blocks by the thread that asks for it."""
+    source, own = _mapped(registry.snapshot()["prefill-0"].record.shm), cache.block_bytes.view(-1).numpy()
+
+    async def copy() -> None:
+        numpy.copyto(own, source)
+
+    return copy
 
 
 def _mapped(offer: ShmOffer | None) -> "numpy.ndarray[Any, Any]":
@@ -188,27 +196,36 @@ def _mapped(offer: ShmOffer | None) -> "numpy.ndarray[Any, Any]":
     return numpy.frombuffer(memory, dtype=numpy.uint8, offset=HEADER_BYTES)
 
 
-async def _raw_nixl(registry: _Registry, cache: KvCache) -> Callable[[], None]:
-    """NIXL's own read of the whole pool in one piece."""
+async def _raw_nixl(registry: _Registry, cache: KvCache) -> Callable[[], Awaitable[None]]:
+    """NIXL's own read of the whole pool in one piece, with nothing of kvrelay's around it."""
     channel = open_channel(registry.snapshot()["prefill-0"].record.address)
     stub = kv_pb2_grpc.KvServiceStub(channel)
     export = (await stub.Export(kv_pb2.ExportRequest(transport="nixl"))).nixl
     await channel.close(None)
-    agent = NixlAgent(cache)
-    peer, num_bytes = agent.meet(export.metadata), cache.block_bytes.numel()
-    source, destination = [(export.base_address, num_bytes)], [(cache.block_bytes.data_ptr(), num_bytes)]
-    return lambda: agent.read(peer, source, destination, agent.segment_of(export), 0)
+    agent, num_bytes = NixlAgent(cache), cache.block_bytes.numel()
+    peer = agent.meet(export.metadata)
+    bindings, own = agent._bindings, agent._agent
+    here = bindings.nixlXferDList(agent.segment, [(cache.block_bytes.data_ptr(), num_bytes, 0)])
+    there = bindings.nixlXferDList(agent.segment_of(export), [(export.base_address, num_bytes, 0)])
+    request = own.createXferReq(bindings.NIXL_READ, here, there, peer, b"", [])
+
+    async def read() -> None:
+        status = own.postXferReq(request, b"")
+        while status == bindings.NIXL_IN_PROG:
+            status = own.getXferStatus(request)
+        if status != bindings.NIXL_SUCCESS:
+            raise RuntimeError(str(status))
+
+    return read
 
 
 def _rates_rows(found: Mapping[str, Sequence[float]], transports: Sequence[str]) -> list[Row]:
-    limits = {"shm": "memcpy", "nixl": "raw nixl"}
-
     def gigabytes(name: str) -> Measure:
         return measure(value / 1e9 for value in found[name])
 
     rows: list[Row] = []
     for name in transports:
-        limit = limits.get(name)
+        limit = LIMITS.get(name)
         row: Row = {
             "transport": name,
             "copy, GB/s": gigabytes(f"{name} copy") if limit else None,

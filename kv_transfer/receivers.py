@@ -36,7 +36,7 @@ class Receivers:
         """As `kv_transfer.choice.choose_transport` takes them, for one prefill worker."""
 
         async def shm() -> BlockReceiver:
-            return ShmReceiver.open_pool(record.shm, record.epoch, self._cache)
+            return await asyncio.to_thread(ShmReceiver.open_pool, record.shm, record.epoch, self._cache)
 
         async def cuda_ipc() -> BlockReceiver:
             export = (await _export("cuda_ipc", stub)).cuda_ipc

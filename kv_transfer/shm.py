@@ -1,19 +1,24 @@
-"""The transport within a host: the decode worker reads the prefill worker's pool where it lies, one copy a run.
+"""The transport within a host: the decode worker maps the prefill worker's pool, and copies from where it lies.
 
 The pool is a memfd, which others open as `/proc/<pid>/fd/<n>`. That needs the same user, kernel and pid namespace.
-Once opened, the memory stays readable even if the prefill worker dies.
+Once mapped, the memory stays readable whatever becomes of the prefill worker: a memfd lives as long as a mapping, and
+seals keep this one from being shortened.
 """
 
-import contextlib
+import fcntl
 import functools
+import mmap
 import os
 import stat
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy
+from numpy.typing import NDArray
+
 from kv_transfer.blocks import contiguous_runs
 from kv_transfer.threads import run_on_blocks, run_to_end
-from kv_transfer.transport import TransferFailed, check_fetch
+from kv_transfer.transport import check_fetch
 from kvrelay.control.registry import ShmOffer
 from kvrelay.engine.kv_cache import KvCache
 from kvrelay.engine.pool_header import HEADER_BYTES, PoolHeader
@@ -41,18 +46,18 @@ class ShmReceiver:
     name = "shm"
     usable = True
 
-    def __init__(self, fd: int, num_source_blocks: int, cache: KvCache) -> None:
-        """Takes over `fd`, an open pool of `num_source_blocks` blocks of the same layout as `cache`."""
-        self._fd = fd
-        self._num_source_blocks = num_source_blocks
+    def __init__(self, source: NDArray[numpy.uint8], cache: KvCache) -> None:
+        """Reads blocks of the same layout as those of `cache` from the bytes `source`, one block after another."""
+        self._source = source
+        self._num_source_blocks = len(source) // cache.layout.block_bytes
         self._cache = cache
 
     @classmethod
     def open_pool(cls, offer: ShmOffer | None, epoch: int, cache: KvCache) -> "ShmReceiver":
-        """Opens the pool that a prefill worker of this epoch offers.
+        """Maps the pool that a prefill worker of this epoch offers. Takes about 0.1 s for a GiB.
 
         Raises:
-            FailedPrecondition: it cannot be opened, or is another pool than it should be; reason SHM_UNAVAILABLE.
+            FailedPrecondition: it cannot be mapped, or is another pool than it should be; reason SHM_UNAVAILABLE.
         """
         if cache.device.type != "cpu":
             raise _unavailable("this worker's KV pool is not in the CPU's memory")
@@ -61,11 +66,11 @@ class ShmReceiver:
         if offer.host_id != host_id():
             raise _unavailable("the prefill worker is on another host")
         fd = _open(offer)
-        with contextlib.ExitStack() as unless_right:
-            unless_right.callback(os.close, fd)
-            header = _check_header(fd, offer, epoch, cache)
-            unless_right.pop_all()
-        return cls(fd, header.num_blocks, cache)
+        try:
+            _check_pool(fd, offer, epoch, cache)
+            return cls(_map(fd, offer.size), cache)
+        finally:
+            os.close(fd)
 
     async def receive(self, source_block_ids: Sequence[int], destination_block_ids: Sequence[int], data: bytes) -> None:
         check_fetch(source_block_ids, self._num_source_blocks, data)
@@ -73,27 +78,17 @@ class ShmReceiver:
         await run_on_blocks(self._cache, len(destination_block_ids), copy)
 
     async def probe(self, num_bytes: int) -> int:
-        return await run_to_end(functools.partial(self._read_into_scratch, num_bytes))
+        return len(await run_to_end(self._source[:num_bytes].copy))
 
     def close(self) -> None:
-        os.close(self._fd)
-
-    def _read_into_scratch(self, num_bytes: int) -> int:
-        scratch = memoryview(bytearray(min(num_bytes, self._num_source_blocks * self._cache.layout.block_bytes)))
-        return os.preadv(self._fd, [scratch], HEADER_BYTES)
+        del self._source  # which unmaps the pool
 
     def _copy(self, source_block_ids: Sequence[int], destination_block_ids: Sequence[int]) -> None:
-        block_bytes = self._cache.layout.block_bytes
         for run in contiguous_runs(source_block_ids, destination_block_ids):
-            count = run.stop - run.start
-            view = self._cache.block_view(destination_block_ids[run.start], count)
-            offset = HEADER_BYTES + source_block_ids[run.start] * block_bytes
-            try:
-                num_read = os.preadv(self._fd, [view], offset)
-            except OSError as error:
-                raise TransferFailed(f"the pool cannot be read: {error.strerror}", reason="SHM_UNREADABLE") from error
-            if num_read != len(view):
-                raise TransferFailed(f"{num_read} bytes read instead of {len(view)}", reason="SHORT_READ")
+            view = self._cache.block_view(destination_block_ids[run.start], run.stop - run.start)
+            start = source_block_ids[run.start] * self._cache.layout.block_bytes
+            # NumPy copies with memmove, and without Python's lock.
+            numpy.copyto(numpy.frombuffer(view, numpy.uint8), self._source[start : start + len(view)])
 
 
 def _open(offer: ShmOffer) -> int:
@@ -104,10 +99,22 @@ def _open(offer: ShmOffer) -> int:
         raise _unavailable(f"the pool cannot be opened: {error.strerror}") from error
 
 
-def _check_header(fd: int, offer: ShmOffer, epoch: int, cache: KvCache) -> PoolHeader:
+def _map(fd: int, size: int) -> NDArray[numpy.uint8]:
+    """The blocks behind the header, read-only."""
+    try:
+        # With all pages at once: else the first transfer of each block takes twice as long.
+        memory = mmap.mmap(fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=mmap.PROT_READ)
+    except OSError as error:
+        raise _unavailable(f"the pool cannot be mapped: {error.strerror}") from error
+    return numpy.frombuffer(memory, numpy.uint8, offset=HEADER_BYTES)
+
+
+def _check_pool(fd: int, offer: ShmOffer, epoch: int, cache: KvCache) -> None:
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode) or status.st_size != offer.size:
         raise _unavailable("the pool has another size than was offered")
+    if not _seals(fd) & fcntl.F_SEAL_SHRINK:
+        raise _unavailable("the pool could be shortened while it is read")
     try:
         header = PoolHeader.unpack(os.pread(fd, HEADER_BYTES, 0))
     except ValueError as error:
@@ -120,7 +127,13 @@ def _check_header(fd: int, offer: ShmOffer, epoch: int, cache: KvCache) -> PoolH
         raise _unavailable("the pool has another layout")
     if HEADER_BYTES + header.num_blocks * header.block_bytes != status.st_size:
         raise _unavailable("the pool has another size than its header says")
-    return header
+
+
+def _seals(fd: int) -> int:
+    try:
+        return fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:  # not every file can have them
+        return 0
 
 
 def _unavailable(problem: str) -> FailedPrecondition:

@@ -216,7 +216,7 @@ class WorkerStatus:
 
     Attributes:
         epoch: grows each time this worker starts.
-        memory_bytes: resident set size.
+        memory_bytes: resident, with the own KV pool and without those of others that it has mapped.
         preemptions: sequences that gave their blocks back for others, and were recomputed.
         links: of a decode worker, one for each prefill worker.
     """

@@ -265,7 +265,7 @@ class _Worker(worker_pb2_grpc.WorkerServiceServicer):
             blocks_total=load.blocks_total,
             blocks_free=load.blocks_free,
             blocks_held=load.blocks_total - load.blocks_free,
-            memory_bytes=resident_memory(),
+            memory_bytes=own_memory(self._runner.cache.size),
             links=tuple(self._part.links()),
             preemptions=load.preemptions,
         )
@@ -286,10 +286,14 @@ class _Worker(worker_pb2_grpc.WorkerServiceServicer):
         )
 
 
-def resident_memory() -> int:
-    """Bytes of this process that are in memory; 0 where the system does not tell."""
+def own_memory(pool_bytes: int) -> int:
+    """Bytes of this process that are in memory; 0 where the system does not tell.
+
+    Counts of shared memory only the KV pool, and not those of other workers, which a decode worker has mapped.
+    """
     try:
-        with open("/proc/self/statm") as statm:
-            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        with open("/proc/self/status") as status:
+            resident = dict(line.split(":", 1) for line in status)
+        return sum(int(resident[name].split()[0]) << 10 for name in ("RssAnon", "RssFile")) + pool_bytes
     except OSError:
         return 0

@@ -1,5 +1,6 @@
 """The tensor that holds all KV blocks of a worker; on a CPU in memory that other processes can map."""
 
+import fcntl
 import mmap
 import os
 import sys
@@ -24,7 +25,8 @@ class KvCache:
     """Blocks `[layer, k|v, slot, kv_head, head_dim]`, one after another.
 
     On a CPU the pool is a memfd: a header page, then the blocks. All of its pages exist from the start, so that
-    resident memory does not grow while the worker serves. On CUDA it is an ordinary device tensor without header.
+    resident memory does not grow while the worker serves. Its size is sealed, so that others can map it without fear.
+    On CUDA it is an ordinary device tensor without header.
 
     Attributes:
         tensor: `[num_blocks, layer, 2, slot, kv_head, head_dim]`.
@@ -73,9 +75,11 @@ class KvCache:
     def _map(self, size: int) -> mmap.mmap:
         if sys.platform != "linux":
             return mmap.mmap(-1, size)
-        self.fd = os.memfd_create("kvrelay-kv-pool", os.MFD_CLOEXEC)
+        self.fd = os.memfd_create("kvrelay-kv-pool", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         self.size = size
         os.ftruncate(self.fd, size)
+        # Who reads a mapping behind the end of its file is killed (SIGBUS), so nobody may ever shorten the pool.
+        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         return mmap.mmap(self.fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
 
     def write_header(self, epoch: int) -> None:

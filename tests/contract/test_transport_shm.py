@@ -2,20 +2,34 @@
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import struct
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transport_kit import EPOCH, LAYOUT, TRANSPORTS, Prefill, Registry, decode_worker, pair, prefill_process, until
+from transport_kit import (
+    EPOCH,
+    LAYOUT,
+    NUM_BLOCKS,
+    TRANSPORTS,
+    Prefill,
+    Registry,
+    decode_worker,
+    pair,
+    prefill_process,
+    until,
+)
 
 from kv_transfer.shm import ShmReceiver, host_id, offer_pool
 from kv_transfer.transport import TransferFailed
 from kvrelay.engine.kv_cache import KvCache
 from kvrelay.errors import FailedPrecondition
 from kvrelay.wire import error_to_status
+from kvrelay.worker import own_memory
 
 
 @pytest.fixture
@@ -45,7 +59,7 @@ SPOILED = {
     "layout digest": lambda prefill, offer: _overwrite(prefill, 36, b"\0" * 32),
     "number of blocks": lambda prefill, offer: _overwrite(prefill, 68, struct.pack("<Q", 1 << 40)),
     "size in the offer": lambda prefill, offer: replace(offer, size=offer.size + 1),
-    "size in fact": lambda prefill, offer: os.ftruncate(prefill.cache.fd, 8192),
+    "size in the header": lambda prefill, offer: _overwrite(prefill, 68, struct.pack("<Q", NUM_BLOCKS - 1)),
     "host": lambda prefill, offer: replace(offer, host_id="elsewhere"),
     "no such process": lambda prefill, offer: replace(offer, pid=2**22 + 1),
     "no such file": lambda prefill, offer: replace(offer, fd=9999),
@@ -99,15 +113,55 @@ async def test_block_out_of_range_is_not_read(prefill: Prefill, cache: KvCache, 
         receiver.close()
 
 
-async def test_short_read(prefill: Prefill, cache: KvCache) -> None:
+@pytest.mark.parametrize("seals", [0, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL], ids=["none", "others"])
+def test_a_pool_that_could_be_shortened_is_not_mapped(prefill: Prefill, cache: KvCache, seals: int) -> None:
+    offer = offer_pool(prefill.cache)
+    fd = os.memfd_create("copy", os.MFD_ALLOW_SEALING)
+    try:
+        os.write(fd, os.pread(prefill.cache.fd, offer.size, 0))
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+        with pytest.raises(FailedPrecondition, match="shortened") as caught:
+            ShmReceiver.open_pool(replace(offer, fd=fd), EPOCH, cache)
+        assert caught.value.reason == "SHM_UNAVAILABLE"
+    finally:
+        os.close(fd)
+
+
+def test_a_file_without_seals_is_not_mapped(prefill: Prefill, cache: KvCache, tmp_path: Path) -> None:
+    offer = offer_pool(prefill.cache)
+    (tmp_path / "pool").write_bytes(os.pread(prefill.cache.fd, offer.size, 0))
+    with open(tmp_path / "pool", "rb") as pool, pytest.raises(FailedPrecondition, match="shortened"):
+        ShmReceiver.open_pool(replace(offer, fd=pool.fileno()), EPOCH, cache)
+
+
+async def test_nobody_can_shorten_a_pool_that_is_read(prefill: Prefill, cache: KvCache) -> None:
     receiver = ShmReceiver.open_pool(offer_pool(prefill.cache), EPOCH, cache)
     try:
-        os.ftruncate(prefill.cache.fd, 4096 + 3 * 8192 + 100)
-        with pytest.raises(TransferFailed) as caught:
-            await receiver.receive([2, 3], [2, 3], b"")
-        assert caught.value.reason == "SHORT_READ"
+        for size in (0, 4096 + 3 * 8192 + 100, 2 * prefill.cache.size):
+            with pytest.raises(PermissionError):
+                os.ftruncate(prefill.cache.fd, size)
+        await receiver.receive([2, 3], [2, 3], b"")
+        assert bytes(cache.read_blocks([2, 3])) == bytes(prefill.cache.read_blocks([2, 3]))
     finally:
         receiver.close()
+
+
+def test_a_mapped_pool_is_resident_at_once_and_counts_as_the_owners(cache: KvCache) -> None:
+    prefill = Prefill(num_blocks=(32 << 20) // LAYOUT.block_bytes)
+    try:
+        shared, own = _shared_memory(), own_memory(cache.size)
+        receiver = ShmReceiver.open_pool(offer_pool(prefill.cache), EPOCH, cache)
+        assert _shared_memory() - shared >= 32 << 20
+        assert abs(own_memory(cache.size) - own) < 4 << 20
+        receiver.close()
+        assert abs(_shared_memory() - shared) < 4 << 20
+    finally:
+        prefill.cache.close()
+
+
+def test_own_memory_has_the_own_pool_in_it() -> None:
+    assert own_memory(1 << 30) == pytest.approx(own_memory(0) + (1 << 30), abs=4 << 20)
+    assert own_memory(0) > 10 << 20
 
 
 async def test_forced_transport_that_cannot_work_fails_the_pull() -> None:
@@ -132,13 +186,19 @@ async def test_closed_links_leave_no_file_open() -> None:
 
 
 def _times_open(cache: KvCache) -> int:
-    """How many of this process's descriptors are the pool; its memory's own mapping is one."""
+    """How many of this process's descriptors are the pool; each of Python's mappings is one."""
     inode = os.fstat(cache.fd).st_ino
     count = 0
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
             count += os.fstat(int(name)).st_ino == inode
     return count
+
+
+def _shared_memory() -> int:
+    """Bytes of shared memory that are resident in this process; the same page twice, if it is mapped twice."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssShmem"))
+    return int(line.split()[1]) << 10
 
 
 def _expected(block_ids: range) -> bytes:
@@ -166,3 +226,16 @@ async def test_process_killed_during_a_pull(preference: str) -> None:
             await asyncio.wait_for(task, 20)
         assert caught.value.verified_blocks == 8
         assert decode.cache.read_blocks(range(8)) == _expected(range(8))
+
+
+async def test_the_pool_of_a_dead_process_stays_readable() -> None:
+    async with (
+        prefill_process() as (process, record, _),
+        decode_worker(Registry(record), "shm") as decode,
+        decode.links.use("prefill-0", EPOCH) as link,
+    ):
+        await link.receiver.receive(range(8), range(8), b"")
+        process.kill()
+        await process.wait()
+        await link.receiver.receive(range(8, 16), range(8, 16), b"")
+        assert decode.cache.read_blocks(range(16)) == _expected(range(16))
