@@ -10,7 +10,7 @@ from kvrelay.errors import AlreadyExists, FailedPrecondition, NotFound, Unavaila
 
 __all__ = ["LeaseTable"]
 
-# A ticket that leaks is worth nothing after this time, however long its lease is renewed.
+# A ticket that leaks is worth nothing after this time, however long its lease is renewed. It ends no lease early.
 TICKET_SECONDS = 600.0
 
 
@@ -92,7 +92,7 @@ class LeaseTable:
                 content by now.
         """
         handover = self._live(ticket, now)
-        if now * 1000 >= ticket.expires_unix_ms:
+        if now >= max(ticket.expires_unix_ms / 1000, self._first_end(handover)):
             raise FailedPrecondition("the KV ticket has expired", reason="TICKET_EXPIRED")
         return handover
 
@@ -159,8 +159,11 @@ class LeaseTable:
         return lease.handover
 
     def _expires(self, lease: _Lease) -> float:
-        completed_at = lease.handover.completed_at
-        return float("inf") if completed_at is None else max(completed_at, lease.renewed_at) + self._lease_seconds
+        return max(self._first_end(lease.handover), lease.renewed_at + self._lease_seconds)
+
+    def _first_end(self, handover: Handover) -> float:
+        """When the lease would run out if nobody renewed it."""
+        return float("inf") if handover.completed_at is None else handover.completed_at + self._lease_seconds
 
     def _free(self, request_id: str, reason: EndReason) -> None:
         self.end(request_id, reason)

@@ -300,7 +300,8 @@ class HandoverMachine(RuleBasedStateMachine):
         for life in self.one(index, [life for life in self.lives if life.ticket]):
             ticket = open_ticket(life.signed, KEY)
             assert ticket == life.ticket
-            live, fresh = self.is_live(life), self.now * 1000 < ticket.expires_unix_ms
+            live = self.is_live(life)
+            fresh = self.now < max(ticket.expires_unix_ms / 1000, self.first_lease_end(life))
             assert refuses(self.prefill.leases.find, ticket, self.now) is not (live and fresh)
             if not live:
                 assert refuses(self.prefill.leases.release, ticket, self.now)
@@ -325,8 +326,11 @@ class HandoverMachine(RuleBasedStateMachine):
     def leased(self) -> list[Life]:
         return [life for life in self.prefill.lives.values() if life.ticket and not life.lease_ended]
 
+    def first_lease_end(self, life: Life) -> float:
+        return float("inf") if life.completed_at is None else life.completed_at + LEASE_SECONDS
+
     def lease_end(self, life: Life) -> float:
-        return float("inf") if life.completed_at is None else max(life.completed_at, life.renewed_at) + LEASE_SECONDS
+        return max(self.first_lease_end(life), life.renewed_at + LEASE_SECONDS)
 
     def is_live(self, life: Life) -> bool:
         return life in self.leased() and self.now < self.lease_end(life)

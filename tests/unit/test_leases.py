@@ -108,6 +108,17 @@ def test_pull_must_begin_in_time_but_may_end_later(owner: Owner) -> None:
     owner.table.release(ticket, late)
 
 
+def test_a_ticket_does_not_expire_before_its_prompt_is_done_nor_within_the_lease_that_begins_then(owner: Owner) -> None:
+    ticket = owner.grant(complete=False)
+    done = START + 3 * TICKET_SECONDS
+    handover = owner.table.find(ticket, done)
+    handover.complete(9, done)
+    assert owner.table.find(ticket, done + 29.9)
+    owner.table.renew("r1", done + 29.9)
+    assert reason(owner.table.find, ticket, done + 30) == "TICKET_EXPIRED"
+    owner.table.release(ticket, done + 30)
+
+
 def test_lease_runs_out(owner: Owner) -> None:
     ticket = owner.grant()
     assert owner.table.expire(START + 29.9) == []
