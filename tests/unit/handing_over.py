@@ -102,7 +102,7 @@ class HandoverMachine(RuleBasedStateMachine):
         match event:
             case Admitted():
                 life.handover, life.ticket = leases.grant(
-                    event.request_id, event.block_ids, event.generations, self.now
+                    event.request_id, "gateway-0", event.block_ids, event.generations, self.now
                 )
                 life.handover.advance(event.num_cached_blocks)
                 life.signed, life.renewed_at = sign_ticket(life.ticket, KEY), self.now
