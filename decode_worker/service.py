@@ -168,7 +168,7 @@ class _DecodeCall:
     async def _run_whole(self, admitted: Admitted, admitted_at: float) -> worker_pb2.DecodeResponse:
         cached = {
             Attribute.PROMPT_TOKENS: len(self.request.prompt_token_ids),
-            Attribute.CACHED_TOKENS: admitted.num_cached_blocks * self._worker.block_size,
+            Attribute.CACHED_TOKENS: self._num_cached_tokens(admitted),
         }
         self._trace(SpanName.PREFILL_QUEUE, self.arrival, admitted_at, cached)
         await asyncio.wait((self._prompt_done, self._finished), return_when=asyncio.FIRST_COMPLETED)
@@ -178,11 +178,7 @@ class _DecodeCall:
         self._trace(SpanName.PREFILL, admitted_at, prompt_done_at, cached)
         finished = await self._to_the_end(prompt_done_at)
         step_started, step_ended = self._first_step or (prompt_done_at, prompt_done_at)
-        response = self._response(finished, step_ended - step_started)
-        response.prefill_queue = admitted_at - self.arrival
-        response.prefill = prompt_done_at - admitted_at
-        response.cached_tokens = cached[Attribute.CACHED_TOKENS]
-        return response
+        return self._response(finished, step_ended - step_started)
 
     async def _to_the_end(self, started: float) -> Finished | HandedOver:
         """The last token. The time from `started` to then is the decode span."""
@@ -206,18 +202,33 @@ class _DecodeCall:
             case Admitted() if not self._admitted.done():
                 self._admitted.set_result((event, step.started))
             case Sampled():
-                if not self._call.ticket and not self._prompt_done.done():
-                    self._prompt_done.set_result(step.ended)
-                elif self._first_step is None:
-                    self._first_step = (step.started, step.ended)
-                self._num_tokens = event.index + 1
-                self._worker.frames.add(self.gateway_id, self._call.handle, event.index, event.token)
+                self._sampled(event, step)
             case HandedOver() if not self._finished.done():
                 self._finished.set_result(event)
             case Finished() if not self._finished.done():
                 self._finished.set_result(event)
             case Failed() if not self._finished.done():
                 self._finished.set_exception(event.error)
+
+    def _sampled(self, event: Sampled, step: StepOutput) -> None:
+        local_prompt = None
+        if not self._call.ticket and not self._prompt_done.done():
+            self._prompt_done.set_result(step.ended)
+            local_prompt = self._local_prompt(step.ended, *self._admitted.result())
+        elif self._first_step is None:
+            self._first_step = (step.started, step.ended)
+        self._num_tokens = event.index + 1
+        self._worker.frames.add(self.gateway_id, self._call.handle, event.index, event.token, local_prompt)
+
+    def _local_prompt(self, done_at: float, admitted: Admitted, admitted_at: float) -> worker_pb2.LocalPrompt:
+        return worker_pb2.LocalPrompt(
+            cached_tokens=self._num_cached_tokens(admitted),
+            prefill_queue=admitted_at - self.arrival,
+            prefill=done_at - admitted_at,
+        )
+
+    def _num_cached_tokens(self, admitted: Admitted) -> int:
+        return admitted.num_cached_blocks * self._worker.block_size
 
     def _response(self, end: Finished | HandedOver, first_decode_step: float) -> worker_pb2.DecodeResponse:
         return worker_pb2.DecodeResponse(
@@ -229,9 +240,7 @@ class _DecodeCall:
 
     def _hold(self, end: HandedOver) -> bytes:
         """Puts the blocks under a lease; the ticket for whoever goes on."""
-        handover, ticket = self._worker.source.grant(
-            end.request_id, self.gateway_id, end.block_ids, end.generations
-        )
+        handover, ticket = self._worker.source.grant(end.request_id, self.gateway_id, end.block_ids, end.generations)
         self.left = True
         handover.complete(end.last_token_id, time.time())
         return ticket
