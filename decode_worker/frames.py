@@ -26,11 +26,22 @@ class FrameStreams:
         if gateway_id not in self._streams:
             raise FailedPrecondition("this gateway has no stream of frames here", reason="NO_FRAME_STREAM")
 
-    def add(self, gateway_id: str, handle: int, index: int, token: Token) -> None:
-        """A token for the frame of this step. Passed over if the gateway has left."""
+    def add(
+        self,
+        gateway_id: str,
+        handle: int,
+        index: int,
+        token: Token,
+        local_prompt: worker_pb2.LocalPrompt | None = None,
+    ) -> None:
+        """A token for the frame of this step. Passed over if the gateway has left.
+
+        Args:
+            local_prompt: with the first token of a sequence whose prompt was computed here.
+        """
         stream = self._streams.get(gateway_id)
         if stream is not None:
-            stream.add(handle, index, token)
+            stream.add(handle, index, token, local_prompt)
 
     def flush(self) -> None:
         """The step is over."""
@@ -60,7 +71,7 @@ class _Stream:
         self._ready = asyncio.Event()
         self._closed = False
 
-    def add(self, handle: int, index: int, token: Token) -> None:
+    def add(self, handle: int, index: int, token: Token, local_prompt: worker_pb2.LocalPrompt | None) -> None:
         tokens = self._pending.get(handle)
         # A recomputed sequence may begin again at a lower index.
         if tokens is None or tokens.first_index + len(tokens.token_ids) != index:
@@ -68,6 +79,8 @@ class _Stream:
         tokens.token_ids.append(token.token_id)
         if token.logprobs is not None:
             tokens.logprobs.append(wire.logprobs_to_proto(token.logprobs))
+        if local_prompt is not None:
+            tokens.local_prompt.CopyFrom(local_prompt)
 
     def flush(self) -> None:
         if self._pending:

@@ -47,7 +47,7 @@ class DecodeWorker(worker_pb2_grpc.DecodeServiceServicer):
         puller = Puller(self._links, self._cache, resources.cluster_key, transfer.checksum)
         self.intake = Intake(self.engine, puller, engine.block_size, engine.max_batched_tokens)
         self.engine.on_step = self.frames.flush
-        self._calls: set[_DecodeCall] = set()
+        self._calls: dict[str, _DecodeCall] = {}  # by request id
 
     @property
     def services(self) -> Sequence[Service]:
@@ -69,7 +69,7 @@ class DecodeWorker(worker_pb2_grpc.DecodeServiceServicer):
     def leave(self) -> None:
         """Hands the running sequences over if another decode worker can take them; else they may finish."""
         if self._another_is_ready():
-            for call in self._calls:
+            for call in self._calls.values():
                 call.leave()
 
     async def wait_released(self) -> None:
@@ -89,6 +89,10 @@ class DecodeWorker(worker_pb2_grpc.DecodeServiceServicer):
     def links(self) -> Sequence[LinkStatus]:
         return self._links.status()
 
+    def owner(self, request_id: str) -> str:
+        call = self._calls.get(request_id)
+        return self.source.leases.owner(request_id) or ("" if call is None else call.gateway_id)
+
     def lease_seconds(self, request_id: str) -> float | None:
         return self.source.lease_seconds(request_id)
 
@@ -100,11 +104,11 @@ class DecodeWorker(worker_pb2_grpc.DecodeServiceServicer):
         role = Role.DECODE if request.ticket else Role.WHOLE
         sequence = EngineSequence(call.request, role, arrival=call.arrival, deadline=deadline_of(context))
         await self.engine.submit(sequence, call.on_event)
-        self._calls.add(call)
+        self._calls[call.request.request_id] = call
         try:
             return await call.run()
         finally:
-            self._calls.remove(call)
+            del self._calls[call.request.request_id]
             if not call.left:  # else its blocks are held under a lease
                 self.engine.abort(call.request.request_id)
 
@@ -125,6 +129,7 @@ class _DecodeCall:
 
     def __init__(self, worker: DecodeWorker, call: worker_pb2.DecodeRequest) -> None:
         self.request = wire.request_from_proto(call.sequence)
+        self.gateway_id = call.gateway_id
         self.arrival = time.monotonic()
         self._worker = worker
         self._call = call
@@ -163,7 +168,7 @@ class _DecodeCall:
     async def _run_whole(self, admitted: Admitted, admitted_at: float) -> worker_pb2.DecodeResponse:
         cached = {
             Attribute.PROMPT_TOKENS: len(self.request.prompt_token_ids),
-            Attribute.CACHED_TOKENS: admitted.num_cached_blocks * self._worker.block_size,
+            Attribute.CACHED_TOKENS: self._num_cached_tokens(admitted),
         }
         self._trace(SpanName.PREFILL_QUEUE, self.arrival, admitted_at, cached)
         await asyncio.wait((self._prompt_done, self._finished), return_when=asyncio.FIRST_COMPLETED)
@@ -173,11 +178,7 @@ class _DecodeCall:
         self._trace(SpanName.PREFILL, admitted_at, prompt_done_at, cached)
         finished = await self._to_the_end(prompt_done_at)
         step_started, step_ended = self._first_step or (prompt_done_at, prompt_done_at)
-        response = self._response(finished, step_ended - step_started)
-        response.prefill_queue = admitted_at - self.arrival
-        response.prefill = prompt_done_at - admitted_at
-        response.cached_tokens = cached[Attribute.CACHED_TOKENS]
-        return response
+        return self._response(finished, step_ended - step_started)
 
     async def _to_the_end(self, started: float) -> Finished | HandedOver:
         """The last token. The time from `started` to then is the decode span."""
@@ -201,18 +202,33 @@ class _DecodeCall:
             case Admitted() if not self._admitted.done():
                 self._admitted.set_result((event, step.started))
             case Sampled():
-                if not self._call.ticket and not self._prompt_done.done():
-                    self._prompt_done.set_result(step.ended)
-                elif self._first_step is None:
-                    self._first_step = (step.started, step.ended)
-                self._num_tokens = event.index + 1
-                self._worker.frames.add(self._call.gateway_id, self._call.handle, event.index, event.token)
+                self._sampled(event, step)
             case HandedOver() if not self._finished.done():
                 self._finished.set_result(event)
             case Finished() if not self._finished.done():
                 self._finished.set_result(event)
             case Failed() if not self._finished.done():
                 self._finished.set_exception(event.error)
+
+    def _sampled(self, event: Sampled, step: StepOutput) -> None:
+        local_prompt = None
+        if not self._call.ticket and not self._prompt_done.done():
+            self._prompt_done.set_result(step.ended)
+            local_prompt = self._local_prompt(step.ended, *self._admitted.result())
+        elif self._first_step is None:
+            self._first_step = (step.started, step.ended)
+        self._num_tokens = event.index + 1
+        self._worker.frames.add(self.gateway_id, self._call.handle, event.index, event.token, local_prompt)
+
+    def _local_prompt(self, done_at: float, admitted: Admitted, admitted_at: float) -> worker_pb2.LocalPrompt:
+        return worker_pb2.LocalPrompt(
+            cached_tokens=self._num_cached_tokens(admitted),
+            prefill_queue=admitted_at - self.arrival,
+            prefill=done_at - admitted_at,
+        )
+
+    def _num_cached_tokens(self, admitted: Admitted) -> int:
+        return admitted.num_cached_blocks * self._worker.block_size
 
     def _response(self, end: Finished | HandedOver, first_decode_step: float) -> worker_pb2.DecodeResponse:
         return worker_pb2.DecodeResponse(
@@ -224,7 +240,7 @@ class _DecodeCall:
 
     def _hold(self, end: HandedOver) -> bytes:
         """Puts the blocks under a lease; the ticket for whoever goes on."""
-        handover, ticket = self._worker.source.grant(end.request_id, end.block_ids, end.generations)
+        handover, ticket = self._worker.source.grant(end.request_id, self.gateway_id, end.block_ids, end.generations)
         self.left = True
         handover.complete(end.last_token_id, time.time())
         return ticket

@@ -76,8 +76,8 @@ class Completion:
             if index >= self.num_tokens:
                 self._early[index] = token
         ready: list[Token] = []
-        while (token_or_none := self._early.pop(self.num_tokens + len(ready), None)) is not None:
-            ready.append(token_or_none)
+        while (index := self.num_tokens + len(ready)) in self._early:
+            ready.append(self._early.pop(index))
         return ready
 
     def _write(self, tokens: Sequence[Token]) -> None:

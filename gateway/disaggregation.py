@@ -94,8 +94,9 @@ class Costs:
             num_tokens_moved: of the prompt, whose KV cache the decode worker does not hold.
             token_bytes: of one token's KV cache.
         """
-        all_bytes, last_bytes = (n * token_bytes for n in (num_tokens_moved, min(num_tokens_moved, self.chunk_tokens)))
-        exposed = max(last_bytes / link.bandwidth, all_bytes / link.bandwidth - work.prefill_seconds)
+        token_seconds = token_bytes / link.bandwidth
+        num_moved_last = min(num_tokens_moved, self.chunk_tokens)
+        exposed = max(num_moved_last * token_seconds, num_tokens_moved * token_seconds - work.prefill_seconds)
         return work.seconds + link.latency + exposed
 
     def local(self, work: PromptWork, num_running: int) -> float:

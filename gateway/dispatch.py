@@ -15,7 +15,7 @@ from kvrelay.control.membership import WorkerEntry
 from kvrelay.control.registry import LinkRecord
 from kvrelay.engine.prefix import block_digests, root_digest
 from kvrelay.errors import Unavailable
-from kvrelay.request import Request, WorkerState
+from kvrelay.request import Request, WorkerRole, WorkerState
 
 __all__ = ["Dispatch", "Placement"]
 
@@ -27,6 +27,7 @@ class Placement:
     """The workers of one request, which count it as theirs inside the context.
 
     Attributes:
+        request_id: by which the router knows it.
         prefill: None where the decode worker computes the prompt, too.
         reservation: when the decode worker may be asked.
     """
@@ -39,11 +40,11 @@ class Placement:
         decode: Connection,
         reservation: Reservation,
     ) -> None:
+        self.request_id = request_id
         self.prefill = prefill
         self.decode = decode
         self.reservation = reservation
         self._router = router
-        self.request_id = request_id
 
     def start_of(self, worker_id: str) -> WorkerStart | None:
         """Which start of the worker it is, if it is one of these."""
@@ -103,32 +104,41 @@ class Dispatch:
             async with asyncio.timeout(until - time.monotonic()):
                 await self._fleet.wait_for_change()
 
-    def move(self, placement: Placement, request: Request) -> None:
-        """Chooses another decode worker, because this one drains.
+    def can_move(self, placement: Placement) -> bool:
+        """Whether there is another decode worker."""
+        return any(
+            entry.record.role is WorkerRole.DECODE
+            and entry.record.worker_id != placement.decode.record.worker_id
+            and entry.load.state is WorkerState.READY
+            for entry in self._fleet.entries()
+        )
+
+    def move(self, placement: Placement, request: Request, avoided: Collection[WorkerStart]) -> None:
+        """Chooses another decode worker; those to avoid only where there are no others.
 
         Raises:
             Unavailable: there is no other.
         """
         entries = self._fleet.entries()
-        views = [_view(entry) for entry in entries]
         worker_id = self._router.move(
             placement.request_id,
+            len(request.token_ids),
             self._digests(request, entries),
-            views,
-            exclude=[placement.decode.record.worker_id],
+            [_view(entry) for entry in entries],
+            time.monotonic(),
+            avoid=_to_avoid(entries, avoided),
         )
         placement.decode = self._fleet.connection(worker_id)
 
     def _choose(self, request: Request, avoided: Collection[WorkerStart]) -> Placement:
         entries = self._fleet.entries()
-        starts = {(entry.record.worker_id, entry.record.epoch) for entry in entries}
         route = self._router.choose(
             request.request_id,
             len(request.token_ids),
             self._digests(request, entries),
             [_view(entry) for entry in entries],
             time.monotonic(),
-            avoid=[worker_id for worker_id, _ in starts.intersection(avoided)],
+            avoid=_to_avoid(entries, avoided),
         )
         prefill = None if route.prefill_id is None else self._fleet.connection(route.prefill_id)
         decode = self._fleet.connection(route.decode_id)
@@ -139,6 +149,11 @@ class Dispatch:
             return []
         root = root_digest(bytes.fromhex(entries[0].record.model.model_digest), request.cache_salt)
         return block_digests(root, request.token_ids, self._block_size)
+
+
+def _to_avoid(entries: Sequence[WorkerEntry], avoided: Collection[WorkerStart]) -> list[str]:
+    starts = [(entry.record.worker_id, entry.record.epoch) for entry in entries]
+    return [worker_id for worker_id, epoch in starts if (worker_id, epoch) in avoided]
 
 
 def _view(entry: WorkerEntry) -> WorkerView:

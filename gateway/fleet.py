@@ -85,7 +85,10 @@ class Connection:
     ) -> AsyncIterator[AsyncIterator[worker_pb2.PrefillResponse]]:
         """A Prefill call's responses. Leaving the context frees what the worker still holds for it."""
         request = worker_pb2.PrefillRequest(
-            sequence=sequence, worker_epoch=self.record.epoch, announce_last_chunk=announce_last_chunk
+            sequence=sequence,
+            worker_epoch=self.record.epoch,
+            announce_last_chunk=announce_last_chunk,
+            gateway_id=self._gateway_id,
         )
         call = self._prefill.Prefill(request, timeout=timeout)
         try:

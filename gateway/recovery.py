@@ -2,23 +2,17 @@
 
 from kvrelay.errors import KvrelayError, Unavailable
 
-__all__ = ["Recovery", "WorkerStart"]
+__all__ = ["Recovery", "WorkerStart", "leaves_the_ticket"]
 
 WorkerStart = tuple[str, int]  # worker id and epoch
 
 # The worker leaves or has no room: another can go on, and nobody is to blame.
 _BLAMELESS = frozenset({"WORKER_DRAINING", "EVICTED", "NO_WORKERS"})
-# What another worker, or another start of this one, may well do better.
-_FAILURES = frozenset(
-    {
-        "WORKER_LOST",
-        "STALE_EPOCH",
-        "NO_FRAME_STREAM",
-        "HANDOVER_ENDED",
-        "TRANSFER_FAILED",
-        "LEASE_EXPIRED",
-    }
-)
+# The worker is not there for this request; another, or another start of this one, may be.
+_ABSENCES = frozenset({"WORKER_LOST", "STALE_EPOCH", "NO_FRAME_STREAM"})
+# The KV cache is not there, or did not come over; it is computed again.
+_LOST_CACHES = frozenset({"HANDOVER_ENDED", "TRANSFER_FAILED", "LEASE_EXPIRED"})
+_FAILURES = _ABSENCES | _LOST_CACHES
 FIRST_DELAY_SECONDS = 0.1
 LONGEST_DELAY_SECONDS = 1.0
 
@@ -45,9 +39,9 @@ class Recovery:
 
         Raises:
             KvrelayError: the request does not go on. Unavailable with stage, worker and the number of failures where
-                workers failed it too often; else the error itself.
+                workers failed it too often; else, and if that was said before, the error itself.
         """
-        if error.reason not in _FAILURES | _BLAMELESS:
+        if error.reason not in _FAILURES | _BLAMELESS or self._num_failures > self._max_failures:
             raise error
         if start is not None:
             self.avoided.add(start)
@@ -62,6 +56,11 @@ class Recovery:
         if self._num_failures < 2:
             return 0.0
         return min(LONGEST_DELAY_SECONDS, FIRST_DELAY_SECONDS * 2.0 ** (self._num_failures - 2))
+
+
+def leaves_the_ticket(error: KvrelayError) -> bool:
+    """Whether a decode worker's error says nothing against the KV cache that it was to take over."""
+    return error.reason in _ABSENCES | _BLAMELESS
 
 
 def _given_up(error: KvrelayError, num_failures: int) -> Unavailable:

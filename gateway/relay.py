@@ -9,6 +9,7 @@ from dataclasses import replace
 from opentelemetry import trace
 from opentelemetry.context import Context
 
+from gateway.account import Account
 from gateway.admission import Admission
 from gateway.completion import Completion
 from gateway.detokenizer import CompletionText
@@ -16,7 +17,7 @@ from gateway.dispatch import Dispatch
 from gateway.recovery import Recovery
 from gateway.requests import CancelHandle
 from gateway.response_log import ResponseLog
-from gateway.serving import Account, Serving
+from gateway.serving import Serving
 from gateway.tokens import Tokenizer, TokenizerPool
 from gateway.validation import GenerateCall, resolve
 from kvrelay import telemetry

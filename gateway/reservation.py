@@ -6,9 +6,6 @@ worker's free blocks decide.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
-
-from kvrelay.v1 import worker_pb2
 
 __all__ = ["Reservation", "reserves_late"]
 
@@ -39,15 +36,10 @@ class Reservation:
         if not late:
             self._due.set()
 
+    def make_due(self) -> None:
+        """Prefill has come so far."""
+        self._due.set()
+
     async def wait(self) -> None:
         """Until the blocks may be reserved."""
         await self._due.wait()
-
-    async def watch(
-        self, responses: AsyncIterator[worker_pb2.PrefillResponse]
-    ) -> AsyncIterator[worker_pb2.PrefillResponse]:
-        """The responses that follow the ticket, without the announcement."""
-        async for response in responses:
-            self._due.set()
-            if not response.HasField("last_chunk"):
-                yield response

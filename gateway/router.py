@@ -123,29 +123,34 @@ class Router:
             and reserves_late(prompt.num_blocks, decode.blocks_free, self._num_promised(decode, prompt)),
         )
         self._prefixes[computing.role].record(computing, digests)
-        self._prefixes[decode.role].record(decode, digests)
         self._sent[computing.worker_id].add(request_id, route.num_uncached_tokens, now)
-        self._promised[decode.worker_id].add(request_id, prompt.num_blocks, now)
-        self._num_decoding[decode.worker_id] += 1
+        self._join_decode(request_id, decode, prompt, now)
         self._routes[request_id] = route
         return route
 
     def move(
-        self, request_id: str, digests: Sequence[bytes], workers: Collection[WorkerView], exclude: Collection[str]
+        self,
+        request_id: str,
+        num_prompt_tokens: int,
+        digests: Sequence[bytes],
+        workers: Collection[WorkerView],
+        now: float,
+        avoid: Collection[str] = (),
     ) -> str:
         """Picks another decode worker for a request that has been routed; answers its id.
 
+        Args:
+            num_prompt_tokens, digests, workers, now, avoid: as for `choose`.
+
         Raises:
-            Unavailable: there is none but those excluded; reason NO_WORKERS.
+            Unavailable: there is no other; reason NO_WORKERS.
         """
-        usable = [worker for worker in workers if not worker.draining and worker.worker_id not in exclude]
-        prompt = self._prompt(0, digests)
-        decode = min(_of_role(usable, WorkerRole.DECODE), key=self._cost_of_decoding(prompt))
-        self._prefixes[decode.role].record(decode, digests)
         route = self._routes[request_id]
-        self._promised[route.decode_id].remove(request_id)
-        self._num_decoding[route.decode_id] -= 1
-        self._num_decoding[decode.worker_id] += 1
+        others = [worker for worker in workers if not worker.draining and worker.worker_id != route.decode_id]
+        prompt = self._prompt(num_prompt_tokens, digests)
+        decode = min(_of_role(others, WorkerRole.DECODE, avoid), key=self._cost_of_decoding(prompt))
+        self._leave_decode(request_id, route)
+        self._join_decode(request_id, decode, prompt, now)
         self._routes[request_id] = replace(route, decode_id=decode.worker_id)
         return decode.worker_id
 
@@ -160,8 +165,16 @@ class Router:
         self.prefill_done(request_id)
         route = self._routes.pop(request_id, None)
         if route is not None:
-            self._num_decoding[route.decode_id] -= 1
-            self._promised[route.decode_id].remove(request_id)
+            self._leave_decode(request_id, route)
+
+    def _join_decode(self, request_id: str, worker: WorkerView, prompt: "_Prompt", now: float) -> None:
+        self._prefixes[worker.role].record(worker, prompt.digests)
+        self._promised[worker.worker_id].add(request_id, prompt.num_blocks, now)
+        self._num_decoding[worker.worker_id] += 1
+
+    def _leave_decode(self, request_id: str, route: Route) -> None:
+        self._promised[route.decode_id].remove(request_id)
+        self._num_decoding[route.decode_id] -= 1
 
     def _prompt(self, num_tokens: int, digests: Sequence[bytes]) -> "_Prompt":
         return _Prompt(num_tokens, digests, -(-num_tokens // self._block_size))

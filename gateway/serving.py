@@ -3,71 +3,37 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Coroutine
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
 from opentelemetry import trace
 
+from gateway.account import Account
 from gateway.completion import Completion
 from gateway.dispatch import Dispatch, Placement
-from gateway.recovery import Recovery
+from gateway.fleet import TokenSink
+from gateway.prefilling import Prefilling
+from gateway.recovery import Recovery, leaves_the_ticket
 from kvrelay import telemetry, wire
-from kvrelay.errors import FailedPrecondition, KvrelayError
-from kvrelay.request import FinishReason, Request, Timings
+from kvrelay.errors import KvrelayError
+from kvrelay.request import FinishReason, Request
 from kvrelay.telemetry import Attribute, EventName, Metric
 from kvrelay.v1 import worker_pb2
 
-__all__ = ["Account", "Serving"]
+__all__ = ["Serving"]
 
 log = logging.getLogger(__name__)
 
 NO_TICKET = b""
 
 
-@dataclass(slots=True)
-class Account:
-    """Where a request's time went and what it took, as far as it has come.
-
-    Attributes:
-        arrival: on the clock of `time.monotonic`.
-    """
-
-    arrival: float = field(default_factory=time.monotonic)
-    timings: Timings = field(default_factory=Timings)
-    num_prompt_tokens: int = 0
-    num_cached_tokens: int = 0
-
-    def left_queue(self) -> None:
-        self.timings = replace(self.timings, gateway_queue=time.monotonic() - self.arrival)
-
-    def first_token(self) -> None:
-        """The first attempt's counts."""
-        if not self.timings.time_to_first_token:
-            self.timings = replace(self.timings, time_to_first_token=time.monotonic() - self.arrival)
-
-    def prefilled(self, said: "worker_pb2.FirstToken | worker_pb2.DecodeResponse") -> None:
-        """The first prefill counts; a later one only makes up for what was lost."""
-        if not self.timings.prefill:
-            self.timings = replace(self.timings, prefill_queue=said.prefill_queue, prefill=said.prefill)
-            self.num_cached_tokens = said.cached_tokens
-
-    def decoded(self, response: worker_pb2.DecodeResponse) -> None:
-        if response.HasField("cached_tokens"):
-            self.prefilled(response)
-        self.timings = replace(
-            self.timings,
-            transfer=response.transfer,
-            decode_queue=response.decode_queue,
-            first_decode_step=response.first_decode_step,
-        )
-
-
 class Serving:
     """Serves one request in as many attempts as it takes.
 
     What the client was told stays: an attempt goes on from the tokens of the former ones. As the sampler's state is
-    the seed and the position, any worker draws the tokens that the first one would have drawn.
+    the seed and the position, any worker draws the tokens that the first one would have drawn. A decode worker that is
+    lost before the KV cache has moved costs no attempt: the ticket goes to another.
 
     Args:
         stoppable: whether the request has stop strings.
@@ -95,21 +61,22 @@ class Serving:
         self._stoppable = stoppable
         self._deadline = deadline
         self._span = span
-        self._num_starts = 0
+        self._num_starts = 1
         self._recoveries = telemetry.meter().create_counter(Metric.RECOVERIES)
 
     async def to_the_end(self, placement: Placement) -> FinishReason:
         """Raises: KvrelayError if it cannot be done."""
+        request = self._request
         while True:
             try:
                 with placement:
-                    return await self._attempt(placement)
+                    return await self._attempt(request, placement)
             except KvrelayError as error:
                 if (reason := self._ended()) is not None:
                     return reason  # all that failed is the answer after the last token
-                self._note(error, placement)
-            await asyncio.sleep(self._recovery.delay)
-            placement = await self._dispatch.place(self._so_far(), self._recovery.avoided)
+                await self._recover(error, placement)
+            request = self._so_far()
+            placement = await self._dispatch.place(request, self._recovery.avoided)
 
     def _ended(self) -> FinishReason | None:
         """Why no token follows those that are here, if none does."""
@@ -118,8 +85,12 @@ class Serving:
             return FinishReason.STOP
         return FinishReason.LENGTH if len(token_ids) >= sampling.max_tokens else None
 
-    def _note(self, error: KvrelayError, placement: Placement) -> None:
-        """Raises: the error, if the request does not go on."""
+    async def _recover(self, error: KvrelayError, placement: Placement) -> None:
+        """Until the request may go on.
+
+        Raises:
+            KvrelayError: it does not.
+        """
         worker_id = error.metadata.get("worker", "")
         self._recovery.note(error, placement.start_of(worker_id))
         attributes = {Attribute.WORKER_ID: worker_id, Attribute.ERROR_REASON: error.reason}
@@ -127,95 +98,113 @@ class Serving:
         self._span.add_event(EventName.RECOVERED, attributes)
         num_tokens = self._completion.num_tokens
         log.info("request %s goes on after %d tokens: %s", self._request.request_id, num_tokens, error.message)
+        await asyncio.sleep(self._recovery.delay)
 
     def _so_far(self, num_left_out: int = 0) -> Request:
         """The request with its tokens so far, but for the last few; under an id that no worker has had yet."""
-        request_id, token_ids = self._request.request_id, self._completion.token_ids
+        token_ids = self._completion.token_ids
+        completion_token_ids = tuple(token_ids[: len(token_ids) - num_left_out])
+        return replace(self._request, request_id=self._new_id(), completion_token_ids=completion_token_ids)
+
+    def _new_id(self) -> str:
         self._num_starts += 1
-        return replace(
-            self._request,
-            request_id=request_id if self._num_starts == 1 else f"{request_id}#{self._num_starts}",
-            completion_token_ids=tuple(token_ids[: len(token_ids) - num_left_out]),
-        )
+        return f"{self._request.request_id}#{self._num_starts}"
 
-    def _sequence(self, num_left_out: int = 0) -> worker_pb2.SequenceSpec:
-        return wire.request_to_proto(self._so_far(num_left_out), telemetry.traceparent(self._span))
+    def _sequence(self, request: Request) -> worker_pb2.SequenceSpec:
+        return wire.request_to_proto(request, telemetry.traceparent(self._span))
 
-    async def _attempt(self, placement: Placement) -> FinishReason:
+    async def _attempt(self, request: Request, placement: Placement) -> FinishReason:
         """Prefill and decode overlap: the decode worker is told once the ticket is there and blocks may be taken."""
         self._completion.forget_early()
-        sequence, reservation = self._sequence(), placement.reservation
         if placement.prefill is None:
-            return await self._attempt_whole(sequence, placement)
-        async with placement.prefill.prefill(sequence, self._remaining(), reservation.late) as responses:
+            return await self._attempt_whole(request, placement)
+        reservation = placement.reservation
+        prefill = placement.prefill.prefill(self._sequence(request), self._remaining(), reservation.late)
+        async with prefill as responses:
             first_response = await anext(responses)
             if first_response.HasField("first_token"):
-                return self._take_first_token(first_response.first_token, placement) or FinishReason.LENGTH
-            ticket = first_response.admitted.ticket
-            decoding = asyncio.create_task(self._decode(sequence, ticket, placement))
-            try:
-                return await self._follow(reservation.watch(responses), decoding, placement)
-            finally:
-                decoding.cancel()
-                await asyncio.wait([decoding])
+                reason = self._take_first_token(first_response.first_token, request, placement)
+                return reason or FinishReason.LENGTH
+            async with Prefilling(first_response.admitted.ticket, responses, reservation) as prefilling:
+                decoding = asyncio.create_task(self._decode(request, prefilling, placement))
+                try:
+                    return await self._follow(request, prefilling, decoding, placement)
+                finally:
+                    decoding.cancel()
+                    await asyncio.wait([decoding])
 
-    async def _attempt_whole(self, sequence: worker_pb2.SequenceSpec, placement: Placement) -> FinishReason:
+    async def _attempt_whole(self, request: Request, placement: Placement) -> FinishReason:
         """The decode worker computes the prompt, too."""
-        noting = asyncio.create_task(self._note_first_token(placement, self._completion.num_tokens + 1))
-        try:
-            return await self._decode(sequence, NO_TICKET, placement)
-        finally:
-            noting.cancel()
-            await asyncio.wait([noting])
 
-    async def _note_first_token(self, placement: Placement, num_tokens: int) -> None:
-        await self._completion.wait_for(num_tokens)
-        placement.prefill_done()
-        self._account.first_token()
+        def note(local_prompt: worker_pb2.LocalPrompt) -> None:
+            placement.prefill_done()
+            self._account.prefilled(local_prompt)
+
+        sink = _LocalTokens(self._completion, note)
+        answer = await self._decode_on_one(request, NO_TICKET, placement, sink)
+        return await self._to_the_last_token(answer, placement)
 
     async def _follow(
-        self,
-        responses: AsyncIterator[worker_pb2.PrefillResponse],
-        decoding: "asyncio.Task[FinishReason]",
-        placement: Placement,
+        self, request: Request, prefilling: Prefilling, decoding: "asyncio.Task[FinishReason]", placement: Placement
     ) -> FinishReason:
-        prefilling = asyncio.ensure_future(anext(responses))
-        try:
-            await asyncio.wait([prefilling, decoding], return_when=asyncio.FIRST_COMPLETED)
-            if not prefilling.done():
-                _raise_unless_explained_by_prefill(decoding)
-            reason = self._take_first_token((await prefilling).first_token, placement)
-        finally:
-            prefilling.cancel()
-        return reason or await decoding
+        first_token = prefilling.first_token
+        either: list[asyncio.Future[Any]] = [first_token, decoding]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not first_token.done():
+            _raise_unless_explained_by_prefill(decoding)
+            await asyncio.wait([first_token])
+        return self._take_first_token(first_token.result(), request, placement) or await decoding
 
-    def _take_first_token(self, first: worker_pb2.FirstToken, placement: Placement) -> FinishReason | None:
+    def _take_first_token(
+        self, first: worker_pb2.FirstToken, request: Request, placement: Placement
+    ) -> FinishReason | None:
         placement.prefill_done()
-        self._account.first_token()
         self._account.prefilled(first)
-        self._completion.add(self._completion.num_tokens, [wire.token_from_proto(first)])
+        # By its position, for a decode worker that computed a prompt again may have told it before.
+        self._completion.add(len(request.completion_token_ids), [wire.token_from_proto(first)])
         return FinishReason.STOP if self._completion.stopped else wire.finish_reason_from_proto(first.finish_reason)
 
-    async def _decode(self, sequence: worker_pb2.SequenceSpec, ticket: bytes, placement: Placement) -> FinishReason:
-        """To the last token, or to the first stop string; from worker to worker as they drain."""
+    async def _decode(self, request: Request, prefilling: Prefilling, placement: Placement) -> FinishReason:
+        """To the end, by whichever decode worker gets the KV cache: prefill goes on untouched when one is lost."""
         await placement.reservation.wait()
-        response = await self._decode_on_one(sequence, ticket, placement)
-        while response is not None and response.ticket and not self._completion.stopped:
-            ticket = response.ticket
-            self._dispatch.move(placement, self._request)
+        while True:
+            try:
+                answer = await self._decode_on_one(request, prefilling.ticket, placement, self._completion)
+            except KvrelayError as error:
+                if not (self._can_move_still(request, prefilling, error) and self._dispatch.can_move(placement)):
+                    raise
+                await self._recover(error, placement)
+            else:
+                return await self._to_the_last_token(answer, placement)
+            self._completion.forget_early()
+            request = replace(request, request_id=self._new_id())
+            self._dispatch.move(placement, request, self._recovery.avoided)
+
+    def _can_move_still(self, request: Request, prefilling: Prefilling, error: KvrelayError) -> bool:
+        """Whether the KV cache is where it was, after a decode worker's error."""
+        num_new = self._completion.num_tokens - len(request.completion_token_ids)
+        # Who got it has told more than the prefill worker's token, whose call may end a moment later.
+        return prefilling.held and num_new <= 1 and leaves_the_ticket(error)
+
+    async def _to_the_last_token(self, answer: worker_pb2.DecodeResponse | None, placement: Placement) -> FinishReason:
+        """After a decode worker's answer, None being a stop string: from worker to worker as they drain."""
+        while answer is not None and answer.ticket and not self._completion.stopped:
+            self._dispatch.move(placement, self._request, self._recovery.avoided)
             self._span.add_event(EventName.MOVED, {Attribute.WORKER_ID: placement.decode.record.worker_id})
             # The KV cache that moves lacks the last token's, which the new worker gets with it.
-            response = await self._decode_on_one(self._sequence(num_left_out=1), ticket, placement)
-        if response is not None:
-            self._account.decoded(response)
-        if response is None or self._completion.stopped:
+            request = self._so_far(num_left_out=1)
+            answer = await self._decode_on_one(request, answer.ticket, placement, self._completion)
+        if answer is not None:
+            self._account.decoded(answer)
+        if answer is None or self._completion.stopped:
             return FinishReason.STOP
-        return wire.finish_reason_from_proto(response.finish_reason) or FinishReason.ABORT
+        return wire.finish_reason_from_proto(answer.finish_reason) or FinishReason.ABORT
 
     async def _decode_on_one(
-        self, sequence: worker_pb2.SequenceSpec, ticket: bytes, placement: Placement
+        self, request: Request, ticket: bytes, placement: Placement, sink: TokenSink
     ) -> worker_pb2.DecodeResponse | None:
-        decoding = placement.decode.decode(sequence, ticket, self._remaining(), self._completion)
+        """The answer; None if a stop string comes first."""
+        decoding = placement.decode.decode(self._sequence(request), ticket, self._remaining(), sink)
         return await (self._unless_stopped(decoding) if self._stoppable else decoding)
 
     async def _unless_stopped(
@@ -236,8 +225,28 @@ class Serving:
         return None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
 
 
+class _LocalTokens:
+    """The tokens of a sequence whose prompt the decode worker computes: with the first it says how.
+
+    Args:
+        note: called with what it says.
+    """
+
+    def __init__(self, completion: Completion, note: Callable[[worker_pb2.LocalPrompt], None]) -> None:
+        self._completion = completion
+        self._note = note
+
+    def take(self, tokens: worker_pb2.SequenceTokens) -> None:
+        if tokens.HasField("local_prompt"):
+            self._note(tokens.local_prompt)
+        self._completion.take(tokens)
+
+    async def wait_for(self, num_tokens: int) -> None:
+        await self._completion.wait_for(num_tokens)
+
+
 def _raise_unless_explained_by_prefill(decoding: "asyncio.Task[FinishReason]") -> None:
     """Raises what stopped decoding before the first token, unless it was only that the prefill worker had ended."""
     error = decoding.exception()
-    if error is not None and not (isinstance(error, FailedPrecondition) and error.reason == "HANDOVER_ENDED"):
+    if error is not None and not (isinstance(error, KvrelayError) and error.reason == "HANDOVER_ENDED"):
         raise error

@@ -10,13 +10,14 @@ from kvrelay.errors import AlreadyExists, FailedPrecondition, NotFound, Unavaila
 
 __all__ = ["LeaseTable"]
 
-# A ticket that leaks is worth nothing after this time, however long its lease is renewed.
+# A ticket that leaks is worth nothing after this time, however long its lease is renewed. It ends no lease early.
 TICKET_SECONDS = 600.0
 
 
 @dataclass(slots=True)
 class _Lease:
     handover: Handover
+    owner: str
     renewed_at: float
 
 
@@ -66,9 +67,12 @@ class LeaseTable:
         self.epoch = epoch
 
     def grant(
-        self, request_id: str, block_ids: tuple[int, ...], generations: tuple[int, ...], now: float
+        self, request_id: str, owner: str, block_ids: tuple[int, ...], generations: tuple[int, ...], now: float
     ) -> tuple[Handover, Ticket]:
         """Begins a lease.
+
+        Args:
+            owner: the gateway that carries the ticket.
 
         Raises:
             AlreadyExists: the request has one.
@@ -79,7 +83,7 @@ class LeaseTable:
         if request_id in self._leases:
             raise AlreadyExists(f"blocks are held for request {request_id} already")
         handover = Handover(request_id, block_ids, generations, granted_at=now)
-        self._leases[request_id] = _Lease(handover, renewed_at=now)
+        self._leases[request_id] = _Lease(handover, owner, renewed_at=now)
         expires = int((now + max(TICKET_SECONDS, self._lease_seconds)) * 1000)
         return handover, Ticket(request_id, self.worker_id, self.epoch, block_ids, generations, expires)
 
@@ -92,9 +96,15 @@ class LeaseTable:
                 content by now.
         """
         handover = self._live(ticket, now)
-        if now * 1000 >= ticket.expires_unix_ms:
+        if now >= max(ticket.expires_unix_ms / 1000, self._first_end(handover)):
             raise FailedPrecondition("the KV ticket has expired", reason="TICKET_EXPIRED")
         return handover
+
+    def pass_to(self, request_id: str, owner: str) -> None:
+        """A decode worker pulls: the lease is that one's from now on. Unknown ids are passed over."""
+        lease = self._leases.get(request_id)
+        if lease is not None:
+            lease.owner = owner
 
     def renew(self, request_id: str, now: float) -> None:
         """The decode worker is at work: the lease begins anew. Unknown ids are passed over."""
@@ -135,10 +145,15 @@ class LeaseTable:
         return expired
 
     def end(self, request_id: str, reason: EndReason) -> None:
-        """The owner ends the lease himself, so `on_free` is not called. Unknown ids are passed over."""
+        """Who was granted the lease ends it himself, so `on_free` is not called. Unknown ids are passed over."""
         lease = self._leases.pop(request_id, None)
         if lease is not None:
             lease.handover.end(reason)
+
+    def owner(self, request_id: str) -> str | None:
+        """Who has to end the lease: the gateway or, once one has pulled, the decode worker; None for unknown ids."""
+        lease = self._leases.get(request_id)
+        return None if lease is None else lease.owner
 
     def lease_seconds(self, request_id: str, now: float) -> float | None:
         """Seconds until the lease runs out; None while the prompt is being computed, and for unknown ids."""
@@ -159,8 +174,11 @@ class LeaseTable:
         return lease.handover
 
     def _expires(self, lease: _Lease) -> float:
-        completed_at = lease.handover.completed_at
-        return float("inf") if completed_at is None else max(completed_at, lease.renewed_at) + self._lease_seconds
+        return max(self._first_end(lease.handover), lease.renewed_at + self._lease_seconds)
+
+    def _first_end(self, handover: Handover) -> float:
+        """When the lease would run out if nobody renewed it."""
+        return float("inf") if handover.completed_at is None else handover.completed_at + self._lease_seconds
 
     def _free(self, request_id: str, reason: EndReason) -> None:
         self.end(request_id, reason)

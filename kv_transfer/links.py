@@ -91,12 +91,12 @@ class Links:
     lest the first request waits for it, or else when it is first used; and made anew when the worker has started anew.
 
     Args:
-        worker_id: this decode worker's.
         preference: "auto" or a transport's name, as `kv_transfer.choice` has it.
         required: names of the transports that auto may choose; empty for any.
 
     Attributes:
-        epoch: this decode worker's; 0 until it has registered. Tells the prefill worker's log who it is.
+        worker_id: this decode worker's. With the epoch it tells prefill workers who pairs and pulls.
+        epoch: 0 until it has registered.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Links:
     ) -> None:
         self.epoch = 0
         self._directory = directory
-        self._worker_id = worker_id
+        self.worker_id = worker_id
         self._cache = cache
         self._preference = preference
         self._required = required
@@ -224,7 +224,7 @@ class Links:
         """Answers with the names of the transports that the prefill worker offers."""
         layout = layout_to_proto(self._cache.layout)
         request = kv_pb2.PairRequest(
-            decode_worker_id=self._worker_id,
+            decode_worker_id=self.worker_id,
             decode_epoch=self.epoch,
             layout=layout,
             protocol_version=PROTOCOL_VERSION,

@@ -85,7 +85,7 @@ class Puller:
             opened = open_ticket(ticket, self._key)
             transfer.check(opened)
             async with self._links.use(opened.worker_id, opened.epoch) as link:
-                pulled = await transfer.run(link, ticket, opened)
+                pulled = await transfer.run(link, ticket, opened, self._links.worker_id)
         except TransferFailed as failure:
             if failure.reason == "CHECKSUM_MISMATCH":
                 self._mismatches.add(1)
@@ -144,10 +144,15 @@ class _Transfer:
                 reason="WRONG_COUNT",
             )
 
-    async def run(self, link: Link, data: bytes, ticket: Ticket) -> Pulled:
+    async def run(self, link: Link, data: bytes, ticket: Ticket, worker_id: str) -> Pulled:
         transport = link.receiver.name
-        mode = CHECKSUM_MODES[self._checksum]
-        request = kv_pb2.PullRequest(ticket=data, skip_blocks=self._num_cached, transport=transport, checksum=mode)
+        request = kv_pb2.PullRequest(
+            ticket=data,
+            skip_blocks=self._num_cached,
+            transport=transport,
+            checksum=CHECKSUM_MODES[self._checksum],
+            decode_worker_id=worker_id,
+        )
         await failpoints.reach("transfer.before_pull")
         call = link.stub.Pull(request)
         try:

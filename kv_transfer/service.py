@@ -39,6 +39,8 @@ class Leases(Protocol):
 
     def find(self, ticket: Ticket, now: float) -> Handover: ...
 
+    def pass_to(self, request_id: str, owner: str) -> None: ...
+
     def renew(self, request_id: str, now: float) -> None: ...
 
     def verify(self, handover: Handover, first: int, count: int) -> None: ...
@@ -92,6 +94,7 @@ class KvService(kv_pb2_grpc.KvServiceServicer):
     async def Pull(self, request: kv_pb2.PullRequest, context: Any) -> AsyncIterator[kv_pb2.PullResponse]:
         ticket = open_ticket(request.ticket, self._key)
         handover = self._leases.find(ticket, self._clock())
+        self._leases.pass_to(handover.request_id, request.decode_worker_id)
         sender = self._senders.find(request.transport)
         position, total = request.skip_blocks, len(handover.block_ids)
         max_blocks = max(1, min(MAX_RUN_BYTES, sender.max_event_bytes) // self._cache.layout.block_bytes)

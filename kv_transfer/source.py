@@ -40,14 +40,17 @@ class HandoverSource:
             self._expiry.cancel()
 
     def grant(
-        self, request_id: str, block_ids: tuple[int, ...], generations: tuple[int, ...]
+        self, request_id: str, owner: str, block_ids: tuple[int, ...], generations: tuple[int, ...]
     ) -> tuple[Handover, bytes]:
         """Holds the blocks under a lease; answers with the signed ticket that opens it.
+
+        Args:
+            owner: the gateway that is going to carry the ticket.
 
         Raises:
             AlreadyExists, Unavailable: as `LeaseTable.grant`.
         """
-        handover, ticket = self.leases.grant(request_id, block_ids, generations, time.time())
+        handover, ticket = self.leases.grant(request_id, owner, block_ids, generations, time.time())
         return handover, sign_ticket(ticket, self._key)
 
     def lease_seconds(self, request_id: str) -> float | None:

@@ -24,7 +24,8 @@ class Ticket:
         epoch: which start of the worker; another start knows nothing of these blocks.
         block_ids: in the order of the prompt; none twice.
         generations: how often each block had been allocated when the ticket was made.
-        expires_unix_ms: a pull must begin before this time, on the prefill worker's clock.
+        expires_unix_ms: a pull must begin before this time, on the prefill worker's clock, or within the first lease
+            after the prompt if that ends later.
     """
 
     request_id: str

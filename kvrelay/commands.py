@@ -29,7 +29,11 @@ def add_to(subparsers: Any) -> None:
     chat = _add(subparsers, "chat", "talk with the model; end with Ctrl-D", _chat)
     _add_sampling(chat)
     _add(subparsers, "status", "workers, gateways and the queue", _status)
-    _add(subparsers, "blocks", "every KV block that is held, by whom and why", _blocks)
+    blocks = _add(subparsers, "blocks", "every KV block that is held, by whom and why", _blocks)
+    blocks.epilog = (
+        "OWNER is who has to end it: the gateway whose request it is or, once a decode worker has pulled from a lease, "
+        "that worker. A lease that runs out frees its blocks by itself. No owner: they are about to be free."
+    )
     restart = _add(subparsers, "restart", "restart the workers of a cluster on this machine", _restart)
     restart.add_argument("--rolling", action="store_true", help="one after the other, so that no request is lost")
     restart.add_argument("--patience", type=float, default=120.0, metavar="SECONDS", help="for one worker")
@@ -200,7 +204,7 @@ def _blocks(arguments: argparse.Namespace) -> int:
             print(json.dumps(asdict(entry)))
         return 0
     rows = [_blocks_row(entry) for entry in held]
-    _print_table([("WORKER", "REQUEST", "STATE", "BLOCKS", "AGE", "LEASE ENDS IN"), *rows])
+    _print_table([("WORKER", "REQUEST", "STATE", "OWNER", "BLOCKS", "AGE", "LEASE ENDS IN"), *rows])
     print(f"{sum(len(entry.block_ids) for entry in held)} blocks are held")
     return 0
 
@@ -208,7 +212,8 @@ def _blocks(arguments: argparse.Namespace) -> int:
 def _blocks_row(entry: HeldBlocks) -> Sequence[str]:
     lease = "" if entry.lease_seconds is None else f"{entry.lease_seconds:.1f} s"
     count = str(len(entry.block_ids))
-    return (entry.worker_id, entry.request_id, entry.state, count, f"{entry.age_seconds:.1f} s", lease)
+    age = f"{entry.age_seconds:.1f} s"
+    return (entry.worker_id, entry.request_id, entry.state, entry.owner, count, age, lease)
 
 
 def _print_table(rows: Sequence[Sequence[str]]) -> None:

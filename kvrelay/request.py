@@ -271,6 +271,8 @@ class HeldBlocks:
     Attributes:
         state: the sequence's: running, transferring or held.
         lease_seconds: until the lease ends; None where the sequence itself holds the blocks.
+        owner: who has to end it: the gateway whose request it is or, once one has pulled, the decode worker that takes
+            the blocks over. Empty: nobody, they are about to be free.
     """
 
     worker_id: str
@@ -279,3 +281,4 @@ class HeldBlocks:
     block_ids: tuple[int, ...]
     age_seconds: float
     lease_seconds: float | None = None
+    owner: str = ""

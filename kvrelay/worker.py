@@ -77,6 +77,9 @@ class Part(Protocol):
     def links(self) -> Sequence[LinkStatus]:
         """How blocks reach this worker."""
 
+    def owner(self, request_id: str) -> str:
+        """Who has to end what holds a request's blocks; empty for who has done so."""
+
     def lease_seconds(self, request_id: str) -> float | None:
         """Seconds until the lease on a request's blocks ends; None if no lease holds them."""
 
@@ -278,6 +281,7 @@ class _Worker(worker_pb2_grpc.WorkerServiceServicer):
                 block_ids=entry.block_ids,
                 age_seconds=now - entry.since,
                 lease_seconds=self._part.lease_seconds(entry.request_id),
+                owner=self._part.owner(entry.request_id),
             )
             for entry in held
         ]

@@ -45,6 +45,7 @@ class PrefillWorker(worker_pb2_grpc.PrefillServiceServicer):
             resources.cluster_key,
             resources.settings.transfer.lease_seconds,
         )
+        self._calls: dict[str, _PrefillCall] = {}  # by request id
 
     @property
     def services(self) -> Sequence[Service]:
@@ -71,6 +72,10 @@ class PrefillWorker(worker_pb2_grpc.PrefillServiceServicer):
     def links(self) -> Sequence[LinkStatus]:
         return ()
 
+    def owner(self, request_id: str) -> str:
+        call = self._calls.get(request_id)
+        return self.source.leases.owner(request_id) or ("" if call is None else call.gateway_id)
+
     def lease_seconds(self, request_id: str) -> float | None:
         return self.source.lease_seconds(request_id)
 
@@ -81,10 +86,12 @@ class PrefillWorker(worker_pb2_grpc.PrefillServiceServicer):
         call = _PrefillCall(self, request)
         sequence = EngineSequence(call.request, Role.PREFILL, arrival=call.arrival, deadline=deadline_of(context))
         await self.engine.submit(sequence, call.on_event)
+        self._calls[call.request.request_id] = call
         try:
             async for response in call.responses():
                 yield response
         finally:
+            del self._calls[call.request.request_id]
             self.source.leases.end(call.request.request_id, EndReason.ABORTED)
             self.engine.abort(call.request.request_id)
 
@@ -96,6 +103,7 @@ class _PrefillCall:
         self.request = wire.request_from_proto(call.sequence)
         self.arrival = time.monotonic()
         self._worker = worker
+        self.gateway_id = call.gateway_id
         self._traceparent = call.sequence.traceparent
         self._announces_last_chunk = call.announce_last_chunk
         self._outbox: asyncio.Queue[worker_pb2.PrefillResponse | KvrelayError | None] = asyncio.Queue()
@@ -142,7 +150,9 @@ class _PrefillCall:
         self._trace(SpanName.PREFILL_QUEUE, self.arrival, step.started)
         if len(self.request.completion_token_ids) + 1 == self.request.sampling.max_tokens:
             return  # nobody will come for the KV cache
-        self._handover, ticket = self._worker.source.grant(event.request_id, event.block_ids, event.generations)
+        self._handover, ticket = self._worker.source.grant(
+            event.request_id, self.gateway_id, event.block_ids, event.generations
+        )
         self._handover.advance(event.num_cached_blocks)
         self._outbox.put_nowait(worker_pb2.PrefillResponse(admitted=worker_pb2.Admitted(ticket=ticket)))
         self._announce_last_chunk(self._cached_tokens)

@@ -295,17 +295,19 @@ class ListHeldBlocksResponse(_message.Message):
     def __init__(self, held: _Optional[_Iterable[_Union[HeldBlocks, _Mapping]]] = ...) -> None: ...
 
 class HeldBlocks(_message.Message):
-    __slots__ = ("worker_id", "request_id", "state", "block_ids", "age_seconds", "lease_seconds")
+    __slots__ = ("worker_id", "request_id", "state", "block_ids", "age_seconds", "lease_seconds", "owner")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
     AGE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     LEASE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     request_id: str
     state: str
     block_ids: _containers.RepeatedScalarFieldContainer[int]
     age_seconds: float
     lease_seconds: float
-    def __init__(self, worker_id: _Optional[str] = ..., request_id: _Optional[str] = ..., state: _Optional[str] = ..., block_ids: _Optional[_Iterable[int]] = ..., age_seconds: _Optional[float] = ..., lease_seconds: _Optional[float] = ...) -> None: ...
+    owner: str
+    def __init__(self, worker_id: _Optional[str] = ..., request_id: _Optional[str] = ..., state: _Optional[str] = ..., block_ids: _Optional[_Iterable[int]] = ..., age_seconds: _Optional[float] = ..., lease_seconds: _Optional[float] = ..., owner: _Optional[str] = ...) -> None: ...

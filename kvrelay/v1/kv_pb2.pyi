@@ -145,16 +145,18 @@ class ProbeResponse(_message.Message):
     def __init__(self, data: _Optional[bytes] = ...) -> None: ...
 
 class PullRequest(_message.Message):
-    __slots__ = ("ticket", "skip_blocks", "transport", "checksum")
+    __slots__ = ("ticket", "skip_blocks", "transport", "checksum", "decode_worker_id")
     TICKET_FIELD_NUMBER: _ClassVar[int]
     SKIP_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    DECODE_WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ticket: bytes
     skip_blocks: int
     transport: str
     checksum: ChecksumMode
-    def __init__(self, ticket: _Optional[bytes] = ..., skip_blocks: _Optional[int] = ..., transport: _Optional[str] = ..., checksum: _Optional[_Union[ChecksumMode, str]] = ...) -> None: ...
+    decode_worker_id: str
+    def __init__(self, ticket: _Optional[bytes] = ..., skip_blocks: _Optional[int] = ..., transport: _Optional[str] = ..., checksum: _Optional[_Union[ChecksumMode, str]] = ..., decode_worker_id: _Optional[str] = ...) -> None: ...
 
 class PullResponse(_message.Message):
     __slots__ = ("ready", "complete")

@@ -91,14 +91,16 @@ class KvServiceServicer:
 
     def Pull(self, request, context):
         """Streams the ticket's blocks in order as prefill completes them, then the first token.
-        FAILED_PRECONDITION for a stale epoch or generation, NOT_FOUND for a ticket that holds nothing (any more).
+        FAILED_PRECONDITION for a stale epoch or generation, NOT_FOUND for a ticket that holds nothing (any more). A pull
+        changes nothing, so several may read the same ticket.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Release(self, request, context):
-        """Ends the lease. Success proves that the blocks were held until now, so what was copied is what was meant.
+        """Ends the lease. Success proves that the blocks were held until now, so what was copied is what was meant; of several
+        pulls of a ticket, one can have it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -45,10 +45,13 @@ class KvServiceStub:
     """Streams so many bytes that mean nothing, for measuring the way. INVALID_ARGUMENT for more than 16 MiB."""
     Pull: _grpc.UnaryStreamMultiCallable[_kv_pb2.PullRequest, _kv_pb2.PullResponse]
     """Streams the ticket's blocks in order as prefill completes them, then the first token.
-    FAILED_PRECONDITION for a stale epoch or generation, NOT_FOUND for a ticket that holds nothing (any more).
+    FAILED_PRECONDITION for a stale epoch or generation, NOT_FOUND for a ticket that holds nothing (any more). A pull
+    changes nothing, so several may read the same ticket.
     """
     Release: _grpc.UnaryUnaryMultiCallable[_kv_pb2.ReleaseRequest, _kv_pb2.ReleaseResponse]
-    """Ends the lease. Success proves that the blocks were held until now, so what was copied is what was meant."""
+    """Ends the lease. Success proves that the blocks were held until now, so what was copied is what was meant; of several
+    pulls of a ticket, one can have it.
+    """
 
 @_typing.type_check_only
 class KvServiceAsyncStub(KvServiceStub):
@@ -67,10 +70,13 @@ class KvServiceAsyncStub(KvServiceStub):
     """Streams so many bytes that mean nothing, for measuring the way. INVALID_ARGUMENT for more than 16 MiB."""
     Pull: _aio.UnaryStreamMultiCallable[_kv_pb2.PullRequest, _kv_pb2.PullResponse]  # type: ignore[assignment]
     """Streams the ticket's blocks in order as prefill completes them, then the first token.
-    FAILED_PRECONDITION for a stale epoch or generation, NOT_FOUND for a ticket that holds nothing (any more).
+    FAILED_PRECONDITION for a stale epoch or generation, NOT_FOUND for a ticket that holds nothing (any more). A pull
+    changes nothing, so several may read the same ticket.
     """
     Release: _aio.UnaryUnaryMultiCallable[_kv_pb2.ReleaseRequest, _kv_pb2.ReleaseResponse]  # type: ignore[assignment]
-    """Ends the lease. Success proves that the blocks were held until now, so what was copied is what was meant."""
+    """Ends the lease. Success proves that the blocks were held until now, so what was copied is what was meant; of several
+    pulls of a ticket, one can have it.
+    """
 
 class KvServiceServicer(metaclass=_abc_1.ABCMeta):
     """Decode worker -> prefill worker: the handover of a KV cache."""
@@ -110,7 +116,8 @@ class KvServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_kv_pb2.PullResponse], _abc.AsyncIterator[_kv_pb2.PullResponse]]:
         """Streams the ticket's blocks in order as prefill completes them, then the first token.
-        FAILED_PRECONDITION for a stale epoch or generation, NOT_FOUND for a ticket that holds nothing (any more).
+        FAILED_PRECONDITION for a stale epoch or generation, NOT_FOUND for a ticket that holds nothing (any more). A pull
+        changes nothing, so several may read the same ticket.
         """
 
     @_abc_1.abstractmethod
@@ -119,6 +126,8 @@ class KvServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _kv_pb2.ReleaseRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_kv_pb2.ReleaseResponse, _abc.Awaitable[_kv_pb2.ReleaseResponse]]:
-        """Ends the lease. Success proves that the blocks were held until now, so what was copied is what was meant."""
+        """Ends the lease. Success proves that the blocks were held until now, so what was copied is what was meant; of several
+        pulls of a ticket, one can have it.
+        """
 
 def add_KvServiceServicer_to_server(servicer: KvServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -44,14 +44,16 @@ class Sampling(_message.Message):
     def __init__(self, max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_p: _Optional[float] = ..., top_k: _Optional[int] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[int] = ...) -> None: ...
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("sequence", "worker_epoch", "announce_last_chunk")
+    __slots__ = ("sequence", "worker_epoch", "announce_last_chunk", "gateway_id")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     WORKER_EPOCH_FIELD_NUMBER: _ClassVar[int]
     ANNOUNCE_LAST_CHUNK_FIELD_NUMBER: _ClassVar[int]
+    GATEWAY_ID_FIELD_NUMBER: _ClassVar[int]
     sequence: SequenceSpec
     worker_epoch: int
     announce_last_chunk: bool
-    def __init__(self, sequence: _Optional[_Union[SequenceSpec, _Mapping]] = ..., worker_epoch: _Optional[int] = ..., announce_last_chunk: _Optional[bool] = ...) -> None: ...
+    gateway_id: str
+    def __init__(self, sequence: _Optional[_Union[SequenceSpec, _Mapping]] = ..., worker_epoch: _Optional[int] = ..., announce_last_chunk: _Optional[bool] = ..., gateway_id: _Optional[str] = ...) -> None: ...
 
 class PrefillResponse(_message.Message):
     __slots__ = ("admitted", "first_token", "last_chunk")
@@ -140,16 +142,28 @@ class StreamFramesResponse(_message.Message):
     def __init__(self, sequences: _Optional[_Iterable[_Union[SequenceTokens, _Mapping]]] = ...) -> None: ...
 
 class SequenceTokens(_message.Message):
-    __slots__ = ("handle", "first_index", "token_ids", "logprobs")
+    __slots__ = ("handle", "first_index", "token_ids", "logprobs", "local_prompt")
     HANDLE_FIELD_NUMBER: _ClassVar[int]
     FIRST_INDEX_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_PROMPT_FIELD_NUMBER: _ClassVar[int]
     handle: int
     first_index: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedCompositeFieldContainer[_inference_pb2.TokenLogprobs]
-    def __init__(self, handle: _Optional[int] = ..., first_index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_inference_pb2.TokenLogprobs, _Mapping]]] = ...) -> None: ...
+    local_prompt: LocalPrompt
+    def __init__(self, handle: _Optional[int] = ..., first_index: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_inference_pb2.TokenLogprobs, _Mapping]]] = ..., local_prompt: _Optional[_Union[LocalPrompt, _Mapping]] = ...) -> None: ...
+
+class LocalPrompt(_message.Message):
+    __slots__ = ("cached_tokens", "prefill_queue", "prefill")
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_QUEUE_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_FIELD_NUMBER: _ClassVar[int]
+    cached_tokens: int
+    prefill_queue: float
+    prefill: float
+    def __init__(self, cached_tokens: _Optional[int] = ..., prefill_queue: _Optional[float] = ..., prefill: _Optional[float] = ...) -> None: ...
 
 class GetStatusRequest(_message.Message):
     __slots__ = ()

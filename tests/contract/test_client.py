@@ -124,7 +124,7 @@ class Servicer(inference_pb2_grpc.InferenceServiceServicer):
         return pb.ListHeldBlocksResponse(
             held=[
                 pb.HeldBlocks(**held, state="running"),
-                pb.HeldBlocks(**held, state="held", lease_seconds=0.0),
+                pb.HeldBlocks(**held, state="held", lease_seconds=0.0, owner="gateway-0"),
             ]
         )
 
@@ -251,7 +251,7 @@ async def test_the_cluster_is_described(driver: Driver) -> None:
     assert await driver.call("list_models") == (Model("demo", "LlamaForCausalLM", 512, 4096),)
     assert await driver.call("held_blocks") == (
         HeldBlocks("decode-0", "r", "running", (1, 2), 0.5, None),
-        HeldBlocks("decode-0", "r", "held", (1, 2), 0.5, 0.0),
+        HeldBlocks("decode-0", "r", "held", (1, 2), 0.5, 0.0, "gateway-0"),
     )
 
 

@@ -160,7 +160,6 @@ def _resigned(ticket: bytes, **changes: Any) -> bytes:
         ({"request_id": "r2"}, "TICKET_UNKNOWN"),
         ({"generations": (2,) * 8}, "STALE_GENERATION"),
         ({"block_ids": tuple(range(1, 9))}, "STALE_GENERATION"),
-        ({"expires_unix_ms": 999_999}, "TICKET_EXPIRED"),
         ({"block_ids": (0,), "generations": (3,)}, "WRONG_COUNT"),
     ],
 )
@@ -169,6 +168,14 @@ async def test_refused_ticket(workers: Pair, changes: dict[str, Any], reason: st
     failed = await failure(workers.decode, ticket, range(8), 2)
     assert (failed.reason, failed.verified_blocks) == (reason, 2)
     assert not any(workers.decode.cache.read_blocks(range(64)))
+    assert workers.prefill.freed == []
+
+
+async def test_expired_ticket_is_refused_where_pulls_alone_keep_its_lease(workers: Pair) -> None:
+    ticket = _resigned(workers.prefill.grant_complete(range(8)), expires_unix_ms=1_000_001)
+    workers.prefill.leases.renew("r1", workers.prefill.now + 20)
+    workers.prefill.now += 30
+    assert (await failure(workers.decode, ticket, range(8))).reason == "TICKET_EXPIRED"
     assert workers.prefill.freed == []
 
 

@@ -80,7 +80,7 @@ class Prefill:
 
     def grant(self, block_ids: Sequence[int], request_id: str = "r1") -> tuple[Handover, bytes]:
         generations = tuple(self.generations[block_id] for block_id in block_ids)
-        handover, ticket = self.leases.grant(request_id, tuple(block_ids), generations, self.now)
+        handover, ticket = self.leases.grant(request_id, "gateway-0", tuple(block_ids), generations, self.now)
         return handover, sign_ticket(ticket, KEY)
 
     def grant_complete(self, block_ids: Sequence[int], request_id: str = "r1") -> bytes:
@@ -140,10 +140,11 @@ class Decode:
         checksum: str = "full",
         key: bytes = KEY,
         required: Sequence[str] = (),
+        worker_id: str = "decode-0",
     ) -> None:
         self.registry = registry
         self.cache = KvCache(layout, NUM_BLOCKS, torch.device("cpu"))
-        self.links = Links(registry, "decode-0", self.cache, preference, required)
+        self.links = Links(registry, worker_id, self.cache, preference, required)
         self.puller = Puller(self.links, self.cache, key, checksum)
 
     def close(self) -> None:

@@ -180,11 +180,14 @@ def test_status_for_people(target: str, capsys: Output) -> None:
     assert "queue: 0 waiting, 0 running, room for 16" in text
 
 
-def test_blocks_names_every_holder(target: str, long_request: Stream, capsys: Output) -> None:
+def test_blocks_names_every_holder(cluster: Cluster, target: str, long_request: Stream, capsys: Output) -> None:
+    (gateway,) = cluster.status().gateways
     held = objects(output_of(capsys, "blocks", "--json", "--target", target))
     assert {(entry["worker_id"], entry["request_id"]) for entry in held} == {("decode-0", "a-long-one")}
     assert all(entry["block_ids"] and entry["age_seconds"] > 0 for entry in held)
-    assert re.search(r"^decode-0 +a-long-one +running +\d+ ", output_of(capsys, "blocks", "--target", target), re.M)
+    assert {entry["owner"] for entry in held} == {gateway.id}
+    row = rf"^decode-0 +a-long-one +running +{gateway.id} +\d+ "
+    assert re.search(row, output_of(capsys, "blocks", "--target", target), re.M)
 
 
 def test_blocks_of_an_idle_cluster(target: str, capsys: Output) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from kvrelay import Client
-from kvrelay.request import FinishReason
+from kvrelay.request import FinishReason, Timings, Usage
 from tests.checkpoints import VOCAB_SIZE, greedy_oracle, make_checkpoint
 from tests.e2e.cluster import Cluster, eventually, start_cluster
 from tests.e2e.test_equality import complete_all, mixed_prompts
@@ -78,12 +78,23 @@ def test_a_local_prompt_ends_like_any_other(colocated: Cluster) -> None:
         middle = whole.text[3:6]
         cut = client.complete(token_ids=prompt_of(50), max_tokens=30, stop=[middle], **GREEDY)
         assert (cut.finish_reason, cut.text) == (FinishReason.STOP, whole.text[: whole.text.index(middle)])
+        check_accounted(cut.usage, cut.timings)
         for chunk in client.generate(token_ids=prompt_of(50), request_id="aborted", **FOREVER):
             if chunk.seq == 1:
                 client.abort("aborted")
         assert chunk.finish_reason is FinishReason.ABORT
+        check_accounted(chunk.usage, chunk.timings)
         next(iter(client.generate(token_ids=prompt_of(50), **FOREVER)))
     colocated.wait_whole()
+
+
+def check_accounted(usage: Usage | None, timings: Timings | None) -> None:
+    """The prompt, most of which was cached, is in both, although the Decode call was cancelled."""
+    assert usage is not None
+    assert timings is not None
+    assert usage.cached_tokens > 0
+    assert timings.prefill > 0
+    assert 0 < timings.time_to_first_token <= timings.total
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ WORKERS = ("prefill-0", "prefill-1", "decode-0", "decode-1")
 START_SECONDS = 120.0
 # A function to run in the child would need a fork, which may hang where gRPC has threads.
 DIE_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL")
+WHOLE_SECONDS = 20.0
 POLL_SECONDS = 0.1
 # Many small blocks, chunks and steps, so that a fault has many moments to strike; leases end soon after a lost Release.
 SETTINGS = {
@@ -161,6 +162,12 @@ class Rig:
 
     async def wait_ready(self, *names: str) -> None:
         await self.eventually(lambda: self.are_ready(*names), START_SECONDS, f"{', '.join(names)} ready")
+
+    async def wait_whole(self) -> None:
+        async def is_whole() -> bool:
+            return not await self.what_is_left()
+
+        await self.eventually(is_whole, WHOLE_SECONDS, "all pools whole")
 
     async def what_is_left(self) -> str:
         """What idle workers still hold, and what still queues; empty if nothing. Workers that start are passed over."""

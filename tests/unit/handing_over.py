@@ -1,4 +1,4 @@
-"""A bench for both ends of the handover, without sockets: leases, tickets, handovers and two schedulers.
+"""A bench for both ends of the handover, without sockets: leases, tickets, handovers and three schedulers.
 
 What crosses the wire is done here by hand, in the order in which `KvService` and `Puller` do it, and at any moment in
 between something else may happen. Whoever joins a batch must have the KV cache of its own prompt.
@@ -15,12 +15,14 @@ from handover_lives import (
     LEASE_SECONDS,
     WAITS,
     Block,
+    DecodeWorker,
     Life,
     Loss,
     PrefillWorker,
     Run,
     Side,
     Spec,
+    Taking,
 )
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from scheduling import GARBAGE, Bench
@@ -35,7 +37,7 @@ which = st.integers(0, 1000)
 
 
 class HandoverMachine(RuleBasedStateMachine):
-    """One prefill worker, which may start anew, and one decode worker."""
+    """One prefill worker, which may start anew, and two decode workers, either or both of which get a ticket."""
 
     @initialize(
         prefill_blocks=st.integers(8, 14),
@@ -48,10 +50,9 @@ class HandoverMachine(RuleBasedStateMachine):
         self.checksum = checksum
         self.prefill_blocks, self.max_batched_tokens = prefill_blocks, max_batched_tokens
         self.prefill = PrefillWorker(self.bench(prefill_blocks), epoch=1)
-        self.decode = self.bench(decode_blocks)
+        self.decodes = [DecodeWorker(self.bench(decode_blocks)) for _ in range(2)]
         self.lives: list[Life] = []
-        self.on_decode: dict[str, Life] = {}
-        self.num_adopted = self.num_recomputed = self.num_refused = 0
+        self.num_adopted = self.num_recomputed = self.num_refused = self.num_taken_from_another = 0
 
     def bench(self, num_blocks: int) -> Bench:
         return Bench(
@@ -65,7 +66,7 @@ class HandoverMachine(RuleBasedStateMachine):
 
     @rule(spec=st.builds(Spec, **{name: st.sampled_from(values) for name, values in CHOICES.items()}))
     def submit(self, spec: Spec) -> None:
-        if spec.request_id in self.prefill.lives or spec.request_id in self.on_decode:
+        if any(spec.request_id in known for known in (self.prefill.lives, *(each.takings for each in self.decodes))):
             return
         life = Life(spec, self.prefill)
         self.add(self.prefill.bench, spec, Role.PREFILL)
@@ -102,7 +103,7 @@ class HandoverMachine(RuleBasedStateMachine):
         match event:
             case Admitted():
                 life.handover, life.ticket = leases.grant(
-                    event.request_id, event.block_ids, event.generations, self.now
+                    event.request_id, "gateway-0", event.block_ids, event.generations, self.now
                 )
                 life.handover.advance(event.num_cached_blocks)
                 life.signed, life.renewed_at = sign_ticket(life.ticket, KEY), self.now
@@ -141,63 +142,66 @@ class HandoverMachine(RuleBasedStateMachine):
             for request_id in expired:
                 self.prefill.lives[request_id].lease_ended = True
 
-    # The decode worker
+    # The decode workers
 
-    @rule(index=which)
-    def submit_decode(self, index: int) -> None:
-        waiting = [life for life in self.lives if life.ticket and life.sequence is None and not life.aborted]
-        waiting = [life for life in waiting if not life.ended_at_first and life.spec.request_id not in self.on_decode]
-        if waiting:
-            life = waiting[index % len(waiting)]
-            life.sequence = self.add(self.decode, life.spec, Role.DECODE)
-            self.on_decode[life.spec.request_id] = life
+    @rule(index=which, worker=st.sampled_from([0, 1]))
+    def submit_decode(self, index: int, worker: int) -> None:
+        """Also where the other has the same ticket, and is lost, or is only taken for lost."""
+        decode = self.decodes[worker]
+        waiting = [life for life in self.lives if life.ticket and not life.aborted and not life.ended_at_first]
+        waiting = [life for life in waiting if all(taking.decode is not decode for taking in life.takings)]
+        for life in self.one(index, [life for life in waiting if life.spec.request_id not in decode.takings]):
+            taking = Taking(life, decode, self.add(decode.bench, life.spec, Role.DECODE))
+            decode.takings[life.spec.request_id] = taking
+            life.takings.append(taking)
 
     @rule(times=st.integers(1, 4))
     def step_decode(self, times: int) -> None:
-        for _ in range(times):
-            chunks, events = self.decode.schedule()
-            for event in [*events, *self.decode.commit(chunks)]:
-                life = self.on_decode.get(event.request_id)
-                if life is None:
+        for decode in self.decodes * times:
+            chunks, events = decode.bench.schedule()
+            for event in [*events, *decode.bench.commit(chunks)]:
+                taking = decode.takings.get(event.request_id)
+                if taking is None:
                     continue
-                if isinstance(event, Admitted) and life.admitted is None:
-                    life.admitted = event
-                    life.num_announced = life.num_verified = event.num_cached_blocks
+                if isinstance(event, Admitted) and taking.admitted is None:
+                    taking.admitted = event
+                    taking.num_announced = taking.num_verified = event.num_cached_blocks
                 elif isinstance(event, Finished):
-                    self.finish(life)
+                    self.finish(taking)
 
-    def finish(self, life: Life) -> None:
-        assert life.sequence is not None
-        first = [] if life.first_token is None else [life.first_token]
-        assert first + self.decode.got(life.spec.request_id) == self.decode.expected(life.sequence)
-        life.finished = True
-        del self.on_decode[life.spec.request_id]
+    def finish(self, taking: Taking) -> None:
+        request_id, bench = taking.life.spec.request_id, taking.bench
+        first = [] if taking.first_token is None else [taking.first_token]
+        assert first + bench.got(request_id) == bench.expected(taking.sequence)
+        taking.finished = True
+        del taking.decode.takings[request_id]
 
     @rule(index=which, count=st.integers(1, 8), late=st.booleans())
     def announce(self, index: int, count: int, late: bool) -> None:
         """The prefill worker names blocks that are final, with their bytes or for a reader of its memory."""
-        for life in self.one(index, self.transfers()):
+        for taking in self.one(index, self.transfers()):
+            worker = taking.life.worker
             try:
-                handover = self.opened(life)
+                handover = self.opened(taking)
                 num_final = handover.num_final_blocks
                 handover.check()
-                count = min(count, num_final - life.num_announced)
+                count = min(count, num_final - taking.num_announced)
                 if count > 0:
-                    self.renew(life)
-                    first = life.num_announced
-                    data = [self.block(life.worker.bench, block) for block in handover.block_ids[first:][:count]]
-                    life.worker.leases.verify(handover, first, count)
-                    life.runs.append(Run(first, data, [] if late else data))
-                    life.num_announced += count
+                    self.renew(taking.life)
+                    first = taking.num_announced
+                    data = [self.block(worker.bench, block) for block in handover.block_ids[first:][:count]]
+                    worker.leases.verify(handover, first, count)
+                    taking.runs.append(Run(first, data, [] if late else data))
+                    taking.num_announced += count
             except KvrelayError as error:
-                self.fail(life, error)
+                self.fail(taking, error)
 
-    def opened(self, life: Life) -> Handover:
-        if life.pull is None:
-            life.pull = self.prefill.leases.find(open_ticket(life.signed, KEY), self.now)
-        if life.worker is not self.prefill:
+    def opened(self, taking: Taking) -> Handover:
+        if taking.pull is None:
+            taking.pull = self.prefill.leases.find(open_ticket(taking.life.signed, KEY), self.now)
+        if taking.life.worker is not self.prefill:
             raise Unavailable("the worker that served the pull is gone")
-        return life.pull
+        return taking.pull
 
     def renew(self, life: Life) -> None:
         life.worker.leases.renew(life.spec.request_id, self.now)
@@ -206,81 +210,85 @@ class HandoverMachine(RuleBasedStateMachine):
     @rule(index=which, flips=st.sampled_from([False, False, False, True]), at=which)
     def fetch(self, index: int, flips: bool, at: int) -> None:
         """The blocks of a run come into the decode worker's pool, from memory that may be a dead worker's."""
-        for life in self.one(index, [life for life in self.transfers() if life.runs]):
-            assert life.admitted is not None
-            assert life.ticket is not None
-            run = life.runs.pop(0)
+        for taking in self.one(index, [taking for taking in self.transfers() if taking.runs]):
+            ticket = taking.life.ticket
+            assert taking.admitted is not None
+            assert ticket is not None
+            run = taking.runs.pop(0)
             end = run.first + len(run.checksums)
-            data = run.data or [
-                self.block(life.worker.bench, block) for block in life.ticket.block_ids[run.first : end]
-            ]
+            source = taking.life.worker.bench
+            data = run.data or [self.block(source, block) for block in ticket.block_ids[run.first : end]]
             if flips and self.checksum:
                 data = [*data]
                 data[at % len(data)] = (*data[at % len(data)][:-1], GARBAGE - 1)
-            for block, content in zip(life.admitted.block_ids[run.first : end], data, strict=True):
-                self.decode.model.slots[block] = list(content)
+            for block, content in zip(taking.admitted.block_ids[run.first : end], data, strict=True):
+                taking.bench.model.slots[block] = list(content)
             if self.checksum:
                 right = [had == wanted for had, wanted in zip(data, run.checksums, strict=True)]
-                life.num_verified += right.index(False) if False in right else len(right)
+                taking.num_verified += right.index(False) if False in right else len(right)
                 if False in right:
-                    self.fail(life, Unavailable("another checksum"))
+                    self.fail(taking, Unavailable("another checksum"))
 
     @rule(index=which, loss=st.sampled_from([Loss.NONE, Loss.NONE, Loss.NONE, Loss.REQUEST, Loss.ANSWER]))
     def release(self, index: int, loss: Loss) -> None:
         """All has been copied: Release proves that it was what was meant."""
-        for life in self.one(index, [life for life in self.transfers() if self.is_copied(life)]):
-            assert life.pull is not None
-            token, held = life.pull.first_token_id, self.is_live(life)
+        for taking in self.one(index, [taking for taking in self.transfers() if self.is_copied(taking)]):
+            life = taking.life
+            assert taking.pull is not None
+            token, held = taking.pull.first_token_id, self.is_live(life)
             assert token is not None
             try:
                 if loss is not Loss.REQUEST:
                     self.prefill.leases.release(open_ticket(life.signed, KEY), self.now)
                     assert held, "released what was not held any more"
                     life.lease_ended = True
+                    life.num_releases += 1
+                    assert life.num_releases == 1, "two have got it"
                 if loss is not Loss.NONE:
                     raise Unavailable("no answer")
             except (NotFound, FailedPrecondition) as error:
-                assert life.admitted is not None
-                life.num_verified = life.admitted.num_cached_blocks
-                self.fail(life, error)
+                assert taking.admitted is not None
+                taking.num_verified = taking.admitted.num_cached_blocks
+                self.fail(taking, error)
             except Unavailable as error:
-                self.fail(life, error)
+                self.fail(taking, error)
             else:
-                self.adopt(life, token)
+                self.adopt(taking, token)
 
-    def is_copied(self, life: Life) -> bool:
-        pull = life.pull
+    def is_copied(self, taking: Taking) -> bool:
+        pull = taking.pull
         known = pull is not None and pull.first_token_id is not None
-        return known and not life.runs and pull is not None and life.num_announced == len(pull.block_ids)
+        return known and not taking.runs and pull is not None and taking.num_announced == len(pull.block_ids)
 
-    def adopt(self, life: Life, token: int) -> None:
-        assert life.sequence is not None
-        self.decode.model.check(life.sequence, life.sequence.num_prompt_tokens)
-        assert token == self.decode.expected(life.sequence)[0]
-        life.first_token = token
+    def adopt(self, taking: Taking, token: int) -> None:
+        bench, sequence = taking.bench, taking.sequence
+        bench.model.check(sequence, sequence.num_prompt_tokens)
+        assert token == bench.expected(sequence)[0]
+        taking.first_token = token
         self.num_adopted += 1
-        self.decode.scheduler.adopt(life.spec.request_id, token)
+        self.num_taken_from_another += len(taking.life.takings) > 1
+        bench.scheduler.adopt(taking.life.spec.request_id, token)
 
     @rule(index=which)
     def break_off(self, index: int) -> None:
-        for life in self.one(index, self.transfers()):
-            self.fail(life, Unavailable("the link broke"))
+        for taking in self.one(index, self.transfers()):
+            self.fail(taking, Unavailable("the link broke"))
 
-    def fail(self, life: Life, error: KvrelayError) -> None:
-        life.runs.clear()
+    def fail(self, taking: Taking, error: KvrelayError) -> None:
+        taking.runs.clear()
         if isinstance(error, Cancelled):  # the gateway has ended the request
-            self.abort_decode(life)
+            self.abort_decode(taking)
         else:
             self.num_recomputed += 1
-            self.decode.scheduler.recompute(life.spec.request_id, life.num_verified)
+            taking.bench.scheduler.recompute(taking.life.spec.request_id, taking.num_verified)
 
     # What anybody may do at any time
 
     @rule(index=which, side=st.sampled_from(Side))
     def abort(self, index: int, side: Side) -> None:
         if side is Side.DECODE:
-            for life in self.one(index, list(self.on_decode.values())):
-                self.abort_decode(life)
+            for taking in self.one(index, self.takings()):
+                self.abort_decode(taking)
             return
         for life in self.one(index, list(self.prefill.lives.values())):
             life.aborted = life.lease_ended = True
@@ -288,11 +296,11 @@ class HandoverMachine(RuleBasedStateMachine):
             self.prefill.bench.scheduler.forget(life.spec.request_id)
             del self.prefill.lives[life.spec.request_id]
 
-    def abort_decode(self, life: Life) -> None:
-        life.aborted = True
-        life.runs.clear()
-        self.decode.scheduler.forget(life.spec.request_id)
-        del self.on_decode[life.spec.request_id]
+    def abort_decode(self, taking: Taking) -> None:
+        taking.aborted = True
+        taking.runs.clear()
+        taking.bench.scheduler.forget(taking.life.spec.request_id)
+        del taking.decode.takings[taking.life.spec.request_id]
 
     @rule(index=which)
     def present(self, index: int) -> None:
@@ -300,7 +308,8 @@ class HandoverMachine(RuleBasedStateMachine):
         for life in self.one(index, [life for life in self.lives if life.ticket]):
             ticket = open_ticket(life.signed, KEY)
             assert ticket == life.ticket
-            live, fresh = self.is_live(life), self.now * 1000 < ticket.expires_unix_ms
+            live = self.is_live(life)
+            fresh = self.now < max(ticket.expires_unix_ms / 1000, self.first_lease_end(life))
             assert refuses(self.prefill.leases.find, ticket, self.now) is not (live and fresh)
             if not live:
                 assert refuses(self.prefill.leases.release, ticket, self.now)
@@ -319,14 +328,20 @@ class HandoverMachine(RuleBasedStateMachine):
     def one(self, index: int, lives: list[Life]) -> list[Life]:
         return lives[index % len(lives) :][:1] if lives else []
 
-    def transfers(self) -> list[Life]:
-        return [life for life in self.on_decode.values() if life.transferring and life.admitted is not None]
+    def takings(self) -> list[Taking]:
+        return [taking for decode in self.decodes for taking in decode.takings.values()]
+
+    def transfers(self) -> list[Taking]:
+        return [taking for taking in self.takings() if taking.transferring]
 
     def leased(self) -> list[Life]:
         return [life for life in self.prefill.lives.values() if life.ticket and not life.lease_ended]
 
+    def first_lease_end(self, life: Life) -> float:
+        return float("inf") if life.completed_at is None else life.completed_at + LEASE_SECONDS
+
     def lease_end(self, life: Life) -> float:
-        return float("inf") if life.completed_at is None else max(life.completed_at, life.renewed_at) + LEASE_SECONDS
+        return max(self.first_lease_end(life), life.renewed_at + LEASE_SECONDS)
 
     def is_live(self, life: Life) -> bool:
         return life in self.leased() and self.now < self.lease_end(life)
@@ -339,7 +354,8 @@ class HandoverMachine(RuleBasedStateMachine):
     @invariant()
     def check(self) -> None:
         self.prefill.bench.scheduler.check_integrity()
-        self.decode.scheduler.check_integrity()
+        for decode in self.decodes:
+            decode.bench.scheduler.check_integrity()
         assert len(self.prefill.leases) == len(self.leased())
         for life in self.leased():
             assert life.ticket is not None
@@ -349,9 +365,11 @@ class HandoverMachine(RuleBasedStateMachine):
             assert tuple(map(pool.generation, life.ticket.block_ids)) == life.ticket.generations
             final = min(life.handover.num_final_blocks * BLOCK_SIZE, life.spec.length)
             self.prefill.bench.model.check(self.prefill.bench.sequences[life.spec.request_id], final)
-        for life in self.on_decode.values():
-            if life.sequence is not None and life.sequence.state is SequenceState.RUNNING:
-                self.decode.model.check(life.sequence, life.sequence.num_computed_tokens)
+            if self.now < self.first_lease_end(life):  # however long its prompt takes, its owner is not too late
+                assert not refuses(self.prefill.leases.find, life.ticket, self.now)
+        for taking in self.takings():
+            if taking.sequence.state is SequenceState.RUNNING:
+                taking.bench.model.check(taking.sequence, taking.sequence.num_computed_tokens)
 
     def teardown(self) -> None:
         """Whatever still runs comes to its end, with its own tokens, and both pools are whole."""
@@ -360,14 +378,14 @@ class HandoverMachine(RuleBasedStateMachine):
             self.step_decode(1)
             self.wait(LEASE_SECONDS + 1, sweep=True)
             self.break_off(0)
-            if not self.on_decode and not self.prefill.lives:
+            if not self.takings() and not self.prefill.lives:
                 break
         self.step_prefill(1)
         self.check()
-        assert not self.on_decode
+        assert not self.takings()
         assert len(self.prefill.leases) == 0
-        assert all(life.finished or life.aborted for life in self.lives if life.sequence is not None)
-        for bench in (self.prefill.bench, self.decode):
+        assert all(taking.finished or taking.aborted for life in self.lives for taking in life.takings)
+        for bench in (self.prefill.bench, *(decode.bench for decode in self.decodes)):
             assert bench.pool.num_free == bench.pool.num_blocks
 
 

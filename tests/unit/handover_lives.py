@@ -1,4 +1,4 @@
-"""What the model of the handover knows: requests, the lives they lead, and the starts of the prefill worker."""
+"""What the model of the handover knows: requests, the lives they lead, the workers, and who takes what over."""
 
 import enum
 from dataclasses import dataclass, field
@@ -85,11 +85,19 @@ class Run:
 
 
 @dataclass(eq=False)
+class DecodeWorker:
+    """A decode worker, and what it takes over or has taken, by request id."""
+
+    bench: Bench
+    takings: "dict[str, Taking]" = field(default_factory=dict)
+
+
+@dataclass(eq=False)
 class Life:
     """What the model knows of one request.
 
     Attributes:
-        lease_end: when its lease runs out by the rules; None once it has ended otherwise.
+        num_releases: how many decode workers were told that they have got its KV cache.
     """
 
     spec: Spec
@@ -101,7 +109,18 @@ class Life:
     completed_at: float | None = None
     lease_ended: bool = False
     ended_at_first: bool = False
-    sequence: Sequence | None = None
+    aborted: bool = False
+    num_releases: int = 0
+    takings: "list[Taking]" = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Taking:
+    """One decode worker that was sent a life's ticket."""
+
+    life: Life
+    decode: DecodeWorker
+    sequence: Sequence
     admitted: Admitted | None = None
     pull: Handover | None = None
     runs: list[Run] = field(default_factory=list)
@@ -112,9 +131,9 @@ class Life:
     finished: bool = False
 
     @property
-    def transferring(self) -> bool:
-        return self.sequence is not None and self.sequence.state is SequenceState.TRANSFERRING
+    def bench(self) -> Bench:
+        return self.decode.bench
 
     @property
-    def decoding(self) -> bool:
-        return self.sequence is not None and self.sequence.state is not SequenceState.FINISHED
+    def transferring(self) -> bool:
+        return self.sequence.state is SequenceState.TRANSFERRING and self.admitted is not None

@@ -29,6 +29,21 @@ async def test_a_step_is_a_frame() -> None:
         assert await next_of(frames) == [(1, 0, [10]), (2, 4, [20])]
 
 
+async def test_the_first_token_of_a_local_prompt_tells_of_the_prompt() -> None:
+    streams = FrameStreams()
+    local_prompt = worker_pb2.LocalPrompt(cached_tokens=32, prefill_queue=0.5, prefill=0.25)
+    async with contextlib.aclosing(streams.stream("gateway")) as frames:
+        await next_of(frames)
+        streams.add("gateway", 1, 0, Token(10), local_prompt)
+        streams.add("gateway", 1, 1, Token(11))
+        streams.add("gateway", 2, 0, Token(20))
+        streams.flush()
+        frame = await asyncio.wait_for(anext(frames), TIME_LIMIT)
+        assert [list(entry.token_ids) for entry in frame.sequences] == [[10, 11], [20]]
+        assert frame.sequences[0].local_prompt == local_prompt
+        assert not frame.sequences[1].HasField("local_prompt")
+
+
 async def test_what_was_not_read_becomes_one_frame() -> None:
     streams = FrameStreams()
     async with contextlib.aclosing(streams.stream("gateway")) as frames:

@@ -1,5 +1,6 @@
 """Random handovers: time passes, leases end, somebody aborts, bytes flip, answers get lost, the prefill worker starts
-anew, an old ticket comes again; and everybody gets their own tokens, and both pools are whole in the end."""
+anew, an old ticket comes again, two decode workers have the same; and everybody gets their own tokens, and all pools
+are whole in the end."""
 
 from random import Random
 
@@ -31,7 +32,7 @@ def random_act(machine: HandoverMachine, random: Random) -> None:
         case "submit":
             machine.submit(random_spec(random))
         case "decode":
-            machine.submit_decode(index)
+            machine.submit_decode(index, random.randrange(2))
         case "prefill steps":
             machine.step_prefill(random.randint(1, 3))
         case "decode steps":
@@ -80,3 +81,4 @@ def test_long_lives(first: int) -> None:
     assert sum(machine.num_adopted for machine in machines) > 50
     assert sum(machine.num_recomputed for machine in machines) > 20
     assert sum(machine.num_refused for machine in machines) > 20
+    assert sum(machine.num_taken_from_another for machine in machines) > 10

@@ -24,8 +24,10 @@ async def answers(events: list[Event], *, ask: bool, max_batched_tokens: int = 8
     leases = LeaseTable("prefill-0", 30.0, lambda block_id: 1, lambda request_id: None)
     leases.epoch = 1
 
-    def grant(request_id: str, block_ids: tuple[int, ...], generations: tuple[int, ...]) -> tuple[Handover, bytes]:
-        return leases.grant(request_id, block_ids, generations, now=0.0)[0], b"ticket"
+    def grant(
+        request_id: str, owner: str, blocks: tuple[int, ...], generations: tuple[int, ...]
+    ) -> tuple[Handover, bytes]:
+        return leases.grant(request_id, owner, blocks, generations, now=0.0)[0], b"ticket"
 
     worker: Any = SimpleNamespace(
         source=SimpleNamespace(leases=leases, grant=grant),

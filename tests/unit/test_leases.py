@@ -26,7 +26,7 @@ class Owner:
 
     def grant(self, request_id: str = "r1", complete: bool = True) -> Ticket:
         generations = tuple(self.generations[block_id] for block_id in BLOCKS)
-        handover, ticket = self.table.grant(request_id, BLOCKS, generations, START)
+        handover, ticket = self.table.grant(request_id, "gateway-0", BLOCKS, generations, START)
         if complete:
             handover.complete(9, START)
         return ticket
@@ -106,6 +106,26 @@ def test_pull_must_begin_in_time_but_may_end_later(owner: Owner) -> None:
     assert owner.table.find(ticket, late - 1)
     assert reason(owner.table.find, ticket, late) == "TICKET_EXPIRED"
     owner.table.release(ticket, late)
+
+
+def test_a_ticket_does_not_expire_before_its_prompt_is_done_nor_within_the_lease_that_begins_then(owner: Owner) -> None:
+    ticket = owner.grant(complete=False)
+    done = START + 3 * TICKET_SECONDS
+    handover = owner.table.find(ticket, done)
+    handover.complete(9, done)
+    assert owner.table.find(ticket, done + 29.9)
+    owner.table.renew("r1", done + 29.9)
+    assert reason(owner.table.find, ticket, done + 30) == "TICKET_EXPIRED"
+    owner.table.release(ticket, done + 30)
+
+
+def test_a_lease_is_the_gateways_until_somebody_pulls(owner: Owner) -> None:
+    owner.grant()
+    assert owner.table.owner("r1") == "gateway-0"
+    owner.table.pass_to("r1", "decode-1")
+    owner.table.pass_to("unknown", "decode-1")
+    assert owner.table.owner("r1") == "decode-1"
+    assert owner.table.owner("unknown") is None
 
 
 def test_lease_runs_out(owner: Owner) -> None:

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.prefilling import Prefilling
 from gateway.reservation import Reservation, reserves_late
 from gateway.router import Router, WorkerView
 from kvrelay.request import WorkerRole
@@ -63,11 +64,6 @@ def test_the_router_compares_the_prompt_with_what_is_free_waits_and_was_sent() -
     assert not late_for(160, blocks_free=40, sent_before=3, seen_at=2.0), "the heartbeat has those sent before"
 
 
-async def responses(*all_responses: worker_pb2.PrefillResponse) -> AsyncIterator[worker_pb2.PrefillResponse]:
-    for response in all_responses:
-        yield response
-
-
 async def test_an_early_reservation_waits_for_nothing() -> None:
     async with asyncio.timeout(TIME_LIMIT):
         await Reservation(late=False).wait()
@@ -80,27 +76,16 @@ async def test_a_late_reservation_waits_for_the_last_chunk_or_for_the_first_toke
     reservation = Reservation(late=True)
     goes_on = asyncio.Event()
 
-    async def prefill() -> AsyncIterator[worker_pb2.PrefillResponse]:
+    async def responses() -> AsyncIterator[worker_pb2.PrefillResponse]:
         await goes_on.wait()
         yield first
         await asyncio.Event().wait()
 
-    async def read() -> None:
-        async for _ in reservation.watch(prefill()):
-            pass
-
-    reading = asyncio.create_task(read())
-    waiting = asyncio.create_task(reservation.wait())
-    for _ in range(10):
-        await asyncio.sleep(0)
-    assert not waiting.done()
-    goes_on.set()
-    async with asyncio.timeout(TIME_LIMIT):
+    async with asyncio.timeout(TIME_LIMIT), Prefilling(b"ticket", responses(), reservation) as prefilling:
+        waiting = asyncio.create_task(reservation.wait())
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not waiting.done()
+        goes_on.set()
         await waiting
-    reading.cancel()
-
-
-async def test_the_announcement_is_not_taken_for_the_first_token() -> None:
-    for late in (False, True):
-        watched = Reservation(late).watch(responses(ANNOUNCEMENT, FIRST_TOKEN))
-        assert [response async for response in watched] == [FIRST_TOKEN]
+        assert prefilling.first_token.done() is first.HasField("first_token")

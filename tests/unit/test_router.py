@@ -159,13 +159,29 @@ def test_who_failed_is_better_than_nobody() -> None:
 
 def test_a_move_takes_another_decode_worker_and_keeps_the_prefill_worker() -> None:
     router = Router(BLOCK_SIZE)
-    _, digests = prompt(64)
-    router.choose("r1", 64, digests, WORKERS, now=1.0)
-    assert router.move("r1", digests, WORKERS, exclude=["d1"]) == "d2"
+    router.choose("r1", *prompt(64), WORKERS, now=1.0)
+    assert router.move("r1", *prompt(64), WORKERS, now=1.0) == "d2"
     # It counts as the new worker's from then on.
     assert router.choose("r2", *prompt(64, 5000), WORKERS, now=1.0).decode_id == "d1"
     with pytest.raises(Unavailable):
-        router.move("r1", digests, WORKERS, exclude=["d1", "d2"])
+        router.move("r1", *prompt(64), [prefill("p1"), decode("d2")], now=1.0)
+
+
+def test_a_move_avoids_workers_where_there_are_others() -> None:
+    router = Router(BLOCK_SIZE)
+    workers = [*WORKERS, decode("d3")]
+    router.choose("r1", *prompt(64), workers, now=1.0)
+    assert router.move("r1", *prompt(64), workers, now=1.0, avoid=["d2"]) == "d3"
+    assert router.move("r1", *prompt(64), workers, now=1.0, avoid=["d1", "d2"]) == "d1"
+
+
+def test_blocks_are_promised_by_the_worker_that_a_request_moved_to() -> None:
+    router = Router(BLOCK_SIZE)
+    workers = [prefill("p1"), decode("d1", blocks_free=11), decode("d2", blocks_free=10)]
+    assert router.choose("r1", *prompt(64), workers, now=1.0).decode_id == "d1"
+    router.move("r1", *prompt(64), workers, now=1.0)
+    assert router.choose("r2", *prompt(64, 5000), workers, now=1.0, avoid=["d1"]).reserves_late
+    assert not router.choose("r3", *prompt(64, 9000), workers, now=1.0, avoid=["d2"]).reserves_late
 
 
 def test_a_request_that_is_routed_again_leaves_its_first_workers() -> None:

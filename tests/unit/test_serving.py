@@ -1,115 +1,136 @@
 """The two workers' news of one request race; whichever comes first, the request ends as it should."""
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-from opentelemetry import trace
+from serving_kit import Act, DecodeCall, DecodeWorker, PrefillWorker, Run, lost, token_at
 
-from gateway.completion import Completion
-from gateway.detokenizer import CompletionText
-from gateway.fleet import TokenSink
-from gateway.recovery import Recovery
+from gateway.disaggregation import Disaggregation
+from gateway.prefilling import Prefilling
 from gateway.reservation import Reservation
-from gateway.response_log import ResponseLog
-from gateway.serving import Account, Serving
-from kvrelay.errors import FailedPrecondition, KvrelayError, Unavailable
-from kvrelay.request import FinishReason, Request, Sampling
+from kvrelay.errors import FailedPrecondition, Internal, Unavailable
+from kvrelay.request import FinishReason
 from kvrelay.v1 import inference_pb2, worker_pb2
 
 TIME_LIMIT = 5
-LAST = worker_pb2.FirstToken(token_id=1, finish_reason=inference_pb2.FINISH_REASON_STOP)
-
-
-class Silent:
-    """A detokenizer; the texts do not matter here."""
-
-    def push(self, token_ids: list[int]) -> str:
-        return ""
-
-    def flush(self) -> str:
-        return ""
-
-
-def new_serving() -> Serving:
-    text: Any = Silent()
-    completion = Completion(CompletionText(text, ()), ResponseLog("request"))
-    request = Request("request", (1, 2), Sampling(max_tokens=4))
-    dispatch: Any = None
-    recovery = Recovery(max_failures=0)
-    return Serving(
-        request, completion, Account(), dispatch, recovery, stoppable=False, deadline=None, span=trace.INVALID_SPAN
-    )
-
-
-async def follow(prefill_says: asyncio.Event, decode_fails_with: KvrelayError) -> FinishReason:
-    """What comes of a request whose decode worker fails before the prefill worker's first token is here."""
-
-    async def responses() -> AsyncIterator[worker_pb2.PrefillResponse]:
-        await prefill_says.wait()
-        yield worker_pb2.PrefillResponse(first_token=LAST)
-
-    async def decode() -> FinishReason:
-        raise decode_fails_with
-
-    placement: Any = SimpleNamespace(prefill_done=lambda: None)
-    decoding = asyncio.create_task(decode())
-    await asyncio.wait([decoding])
-    async with asyncio.timeout(TIME_LIMIT):
-        asyncio.get_running_loop().call_later(0.01, prefill_says.set)
-        return await new_serving()._follow(responses(), decoding, placement)
+LOCAL_PROMPT = worker_pb2.LocalPrompt(cached_tokens=2, prefill_queue=0.25, prefill=0.5)
 
 
 async def test_the_prefill_worker_explains_why_the_handover_ended() -> None:
-    ended = FailedPrecondition("nothing is held any more", reason="HANDOVER_ENDED")
-    assert await follow(asyncio.Event(), ended) is FinishReason.STOP
+    prefill = PrefillWorker()
+    prefill.reason = inference_pb2.FINISH_REASON_STOP
+
+    async def finds_nothing(call: DecodeCall) -> worker_pb2.DecodeResponse:
+        asyncio.get_running_loop().call_later(0.01, prefill.prompt_done.set)
+        raise FailedPrecondition("nothing is held any more", reason="HANDOVER_ENDED")
+
+    async with asyncio.timeout(TIME_LIMIT):
+        assert await Run([prefill, DecodeWorker("d1", finds_nothing)]).to_the_end() is FinishReason.STOP
 
 
-async def test_a_lost_decode_worker_ends_the_request_at_once() -> None:
+async def test_a_lost_decode_worker_ends_the_request_at_once_where_nothing_else_can_be_done() -> None:
+    async def dies(call: DecodeCall) -> worker_pb2.DecodeResponse:
+        raise lost("d1")
+
     with pytest.raises(Unavailable):
-        await follow(asyncio.Event(), Unavailable("lost", reason="WORKER_LOST"))
+        async with asyncio.timeout(TIME_LIMIT):
+            await Run([PrefillWorker(), DecodeWorker("d1", dies)], max_failures=0).to_the_end()
 
 
-class Workers:
-    """Both workers of one request. Prefill ends only after the decode worker has been asked."""
+async def test_a_prefill_worker_that_ends_without_a_token_is_a_defect_and_not_waited_for() -> None:
+    async def ends_after_the_ticket() -> AsyncIterator[worker_pb2.PrefillResponse]:
+        return
+        yield
 
-    def __init__(self) -> None:
-        self.decode_asked = asyncio.Event()
-        self.asked_for_announcement = False
-
-    @contextlib.asynccontextmanager
-    async def prefill(
-        self, sequence: worker_pb2.SequenceSpec, timeout: float | None, announce_last_chunk: bool = False
-    ) -> AsyncIterator[AsyncIterator[worker_pb2.PrefillResponse]]:
-        self.asked_for_announcement = announce_last_chunk
-        yield self._responses()
-
-    async def _responses(self) -> AsyncIterator[worker_pb2.PrefillResponse]:
-        yield worker_pb2.PrefillResponse(admitted=worker_pb2.Admitted(ticket=b"ticket"))
-        if self.asked_for_announcement:
-            for _ in range(10):
-                await asyncio.sleep(0)
-            assert not self.decode_asked.is_set(), "it was asked before the last chunk"
-            yield worker_pb2.PrefillResponse(last_chunk=worker_pb2.LastChunk())
-        await self.decode_asked.wait()
-        yield worker_pb2.PrefillResponse(first_token=worker_pb2.FirstToken(token_id=1))
-
-    async def decode(
-        self, sequence: worker_pb2.SequenceSpec, ticket: bytes, timeout: float | None, sink: TokenSink
-    ) -> worker_pb2.DecodeResponse:
-        self.decode_asked.set()
-        return worker_pb2.DecodeResponse(finish_reason=inference_pb2.FINISH_REASON_LENGTH)
+    async with (
+        asyncio.timeout(TIME_LIMIT),
+        Prefilling(b"", ends_after_the_ticket(), Reservation(late=False)) as prefilling,
+    ):
+        with pytest.raises(Internal):
+            await prefilling.first_token
 
 
 @pytest.mark.parametrize("late", [False, True])
 async def test_decode_blocks_are_asked_for_at_once_or_with_the_last_chunk(late: bool) -> None:
-    workers = Workers()
-    placement: Any = SimpleNamespace(
-        prefill=workers, decode=workers, reservation=Reservation(late), prefill_done=lambda: None
-    )
+    prefill, asked = PrefillWorker(), asyncio.Event()
+
+    async def decode(call: DecodeCall) -> worker_pb2.DecodeResponse:
+        asked.set()
+        assert prefill.nearly_done.is_set() is late
+        prefill.prompt_done.set()
+        return await call.finish()
+
+    worker = DecodeWorker("d1", decode)
+    worker.blocks_free = 1 if late else 100
     async with asyncio.timeout(TIME_LIMIT):
-        assert await new_serving()._attempt(placement) is FinishReason.LENGTH
-    assert workers.asked_for_announcement is late
+        running = asyncio.create_task(Run([prefill, worker]).to_the_end())
+        if late:
+            for _ in range(20):
+                await asyncio.sleep(0)
+            assert not asked.is_set(), "it was asked before the last chunk"
+            prefill.nearly_done.set()
+        assert await running is FinishReason.LENGTH
+
+
+def local(*acts: Act, stop: tuple[str, ...] = ()) -> Run:
+    return Run([DecodeWorker("d1", *acts)], stop=stop, mode=Disaggregation.NEVER)
+
+
+def check_accounted(run: Run) -> None:
+    assert run.account.num_cached_tokens == LOCAL_PROMPT.cached_tokens
+    timings = run.account.timings
+    assert (timings.prefill_queue, timings.prefill) == (LOCAL_PROMPT.prefill_queue, LOCAL_PROMPT.prefill)
+    assert timings.time_to_first_token > 0
+
+
+def tell_first(call: DecodeCall) -> None:
+    tokens = worker_pb2.SequenceTokens(first_index=0, token_ids=[token_at(0)], local_prompt=LOCAL_PROMPT)
+    call.sink.take(tokens)
+
+
+async def test_a_local_prompt_is_accounted_for_when_a_stop_string_ends_it() -> None:
+    async def decode(call: DecodeCall) -> worker_pb2.DecodeResponse:
+        tell_first(call)
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    run = local(decode, stop=(f".{token_at(0)}.",))
+    async with asyncio.timeout(TIME_LIMIT):
+        assert await run.to_the_end() is FinishReason.STOP
+    check_accounted(run)
+
+
+async def test_a_local_prompt_is_accounted_for_when_it_is_aborted() -> None:
+    told = asyncio.Event()
+
+    async def decode(call: DecodeCall) -> worker_pb2.DecodeResponse:
+        tell_first(call)
+        told.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    run = local(decode)
+    running = asyncio.create_task(run.to_the_end())
+    async with asyncio.timeout(TIME_LIMIT):
+        await told.wait()
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+    check_accounted(run)
+
+
+async def test_what_makes_up_for_a_lost_worker_is_not_accounted_for() -> None:
+    async def dies(call: DecodeCall) -> worker_pb2.DecodeResponse:
+        tell_first(call)
+        raise lost("d1")
+
+    async def goes_on(call: DecodeCall) -> worker_pb2.DecodeResponse:
+        again = worker_pb2.LocalPrompt(cached_tokens=3, prefill=9)
+        call.sink.take(worker_pb2.SequenceTokens(first_index=1, token_ids=[token_at(1)], local_prompt=again))
+        return await call.finish()
+
+    run = local(dies, goes_on)
+    async with asyncio.timeout(TIME_LIMIT):
+        assert await run.to_the_end() is FinishReason.LENGTH
+    check_accounted(run)

@@ -1,0 +1,71 @@
+"""A decode worker is lost before the KV cache has moved: another gets the ticket, and no prompt is computed twice."""
+
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from kvrelay.client import GenerateOptions
+from tests.checkpoints import VOCAB_SIZE, make_checkpoint
+from tests.faults.conftest import Stage
+from tests.faults.history import Outcome, faults_of
+from tests.faults.rig import SETTINGS, WORKERS, Rig, start_rig
+
+PREFILL, VICTIM = WORKERS[:2], "decode-0"
+COUNT_PROMPTS = "prefill.admitted=delay:0"  # each time the worker's log says so
+NUM_PROMPT_TOKENS = 200
+NUM_TRIES = 20  # the router may prefer the other one
+
+
+@pytest.mark.asyncio(loop_scope="session")
+@pytest.mark.parametrize("point", ["decode.received", "transfer.received", "transfer.before_release"])
+async def test_a_killed_decode_worker_costs_no_second_prefill(stage: Stage, point: str) -> None:
+    """The last of these is after the client had its first token."""
+    await check_computed_once(stage.rig, f"{point}=kill")
+
+
+@pytest.mark.asyncio(loop_scope="session")
+async def test_a_frozen_decode_worker_costs_none_and_releases_nothing_when_it_thaws(tmp_path: Path) -> None:
+    """It goes on with the Release, in a former epoch, for what another has long since."""
+    model = make_checkpoint(tmp_path / "model", "llama", num_hidden_layers=1)
+    # A lease must outlive the time after which a silent worker is taken for lost.
+    async with start_rig(tmp_path, model, **SETTINGS | {"lease_seconds": 30}) as rig:
+        rig.freeze_seconds = 4.0
+        await check_computed_once(rig, "transfer.before_release=stop")
+
+
+async def check_computed_once(rig: Rig, failpoint: str) -> None:
+    """A request meets the failpoint, and brings what it brings without one."""
+    random = Random(failpoint)
+    options: GenerateOptions = {
+        "token_ids": [random.randrange(3, VOCAB_SIZE) for _ in range(NUM_PROMPT_TOKENS)],
+        "max_tokens": 24,
+        "temperature": 0.8,
+        "seed": 7,
+        "ignore_eos": True,
+    }
+    await rig.wait_ready(*WORKERS)
+    expected = await rig.client.complete(**options, cache_salt="reference")
+    num_struck = rig.processes[VICTIM].num_fired()
+    for attempt in range(NUM_TRIES):
+        rig.processes[VICTIM].arm(failpoint)
+        for name in PREFILL:
+            rig.processes[name].arm(COUNT_PROMPTS)
+        before = num_prompts(rig)
+        outcome = Outcome(f"{failpoint.replace('=', '-')}-{attempt}")
+        async for chunk in rig.client.generate(**options, request_id=outcome.request_id, cache_salt=outcome.request_id):
+            outcome.chunks.append(chunk)
+        num_computed = num_prompts(rig) - before
+        rig.heal()
+        assert not faults_of(outcome, expected, frozenset())
+        if rig.processes[VICTIM].num_fired() > num_struck:
+            break
+    assert rig.processes[VICTIM].num_fired() == num_struck + 1
+    assert num_computed == 1, rig.logs()
+    await rig.wait_ready(*WORKERS)
+    await rig.wait_whole()
+
+
+def num_prompts(rig: Rig) -> int:
+    """Prompts that were admitted by prefill workers so far."""
+    return sum(rig.processes[name].log.read_text().count("failpoint prefill.admitted") for name in PREFILL)
