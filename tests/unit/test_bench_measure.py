@@ -105,6 +105,18 @@ def test_goodput() -> None:
     assert summary(*records).goodput is None
 
 
+def test_goodput_sees_one_long_gap_that_a_mean_hides() -> None:
+    stalled = record([(0.1, 1), (0.2, 1), (0.7, 8)])  # TPOT 0.067
+    one_response = record([(0.1, 3)])
+    one_token = record([(0.1, 1)])
+    limits = GoodputLimits(tpot=0.1, gap=0.4)
+    result = summary(stalled, one_response, one_token, limits=limits).goodput
+    assert result == Goodput(limits, pytest.approx(0.2), pytest.approx(2 / 3))
+    wider = GoodputLimits(tpot=0.1, gap=0.5 + 1e-9)
+    result = summary(stalled, limits=wider).goodput
+    assert result == Goodput(wider, pytest.approx(0.1), 1.0)
+
+
 def test_goodput_counts_the_wait_for_a_late_load_generator() -> None:
     late = record([(1.0, 1)], due=0.0, sent=0.95)
     result = summary(late, limits=GoodputLimits(ttft=0.5))

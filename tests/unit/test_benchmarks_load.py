@@ -7,9 +7,10 @@ import pytest
 
 from benchmarks.disaggregation import LONG_EVERY, LONG_TOKENS, SHORT_TOKENS, TRAFFIC, write_trace
 from benchmarks.storm import tokens_per_second
-from kvrelay.bench.load import Outcome, Record
+from kvrelay.bench.load import Outcome
 from kvrelay.bench.measure import GoodputLimits
 from kvrelay.bench.traces import read_trace
+from tests.unit.bench_records import record
 
 
 @pytest.mark.parametrize("name", TRAFFIC)
@@ -29,24 +30,15 @@ def test_long_prompts_come_among_short_ones() -> None:
     assert sorted(lengths) == [SHORT_TOKENS] * (2 * LONG_EVERY - 2) + [LONG_TOKENS] * 2
 
 
-def record(*responses: tuple[float, int], due: float = 0.0, outcome: Outcome = Outcome.COMPLETED) -> Record:
-    made = Record(0, "id", 1, 1, False, due=due, sent=due)
-    for time, tokens in responses:
-        made.response_times.append(time)
-        made.response_tokens.append(tokens)
-    made.outcome, made.ended = outcome, responses[-1][0]
-    return made
-
-
 def test_goodput_counts_tokens_when_they_come_of_requests_within_the_limits() -> None:
     limits = GoodputLimits(ttft=1.0, tpot=0.5)
     records = [
-        record((0.9, 1), (1.1, 2), (1.9, 3)),
-        record((2.5, 4), due=2.0),
-        record((1.5, 10), due=0.0),  # too late
-        record((0.1, 1), (2.9, 2)),  # too slow
-        record((0.5, 10), outcome=Outcome.FAILED),
-        record((0.5, 10), outcome=Outcome.INTERRUPTED),
+        record([(0.9, 1), (1.1, 2), (1.9, 3)]),
+        record([(2.5, 4)], due=2.0),
+        record([(1.5, 10)]),  # too late
+        record([(0.1, 1), (2.9, 2)]),  # too slow
+        record([(0.5, 10)], outcome=Outcome.FAILED),
+        record([(0.5, 10)], outcome=Outcome.INTERRUPTED),
     ]
     assert tokens_per_second(records, limits, 4).tolist() == [1, 5, 4, 0]
     assert tokens_per_second(records, limits, 2).tolist() == [1, 5]
