@@ -107,14 +107,10 @@ def test_goodput() -> None:
 
 def test_goodput_sees_one_long_gap_that_a_mean_hides() -> None:
     stalled = record([(0.1, 1), (0.2, 1), (0.7, 8)])  # TPOT 0.067
-    one_response = record([(0.1, 3)])
-    one_token = record([(0.1, 1)])
-    limits = GoodputLimits(tpot=0.1, gap=0.4)
-    result = summary(stalled, one_response, one_token, limits=limits).goodput
-    assert result == Goodput(limits, pytest.approx(0.2), pytest.approx(2 / 3))
-    wider = GoodputLimits(tpot=0.1, gap=0.5 + 1e-9)
-    result = summary(stalled, limits=wider).goodput
-    assert result == Goodput(wider, pytest.approx(0.1), 1.0)
+    assert not GoodputLimits(tpot=0.1, gap=0.4).kept_by(stalled)
+    assert GoodputLimits(tpot=0.1, gap=0.5 + 1e-9).kept_by(stalled)
+    for without_gaps in (record([(0.1, 3)]), record([(0.1, 1)])):
+        assert GoodputLimits(gap=0.0).kept_by(without_gaps)
 
 
 def test_goodput_counts_the_wait_for_a_late_load_generator() -> None:
