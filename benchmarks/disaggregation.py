@@ -1,6 +1,6 @@
 """What the handover is worth: prompts and completions on the same workers, on separate ones, or as costs decide.
 
-    python -m benchmarks.disaggregation [--rounds 3] [--seconds 15] [--traffic short long prefixes] [--update-docs]
+    python -m benchmarks.disaggregation [--rounds 3] [--seconds 8] [--traffic short long prefixes] [--update-docs]
 
 Every way has two workers of one thread each, which stand for two devices:
 
@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="checkpoint folder; the shape small is made if left out")
     parser.add_argument("--traffic", nargs="+", choices=TRAFFIC, default=list(TRAFFIC))
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--seconds", type=float, default=15.0, help="in which the requests of one load arrive")
+    parser.add_argument("--seconds", type=float, default=8.0, help="in which the requests of one load arrive")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--port", type=int, default=50954)
