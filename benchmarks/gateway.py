@@ -39,6 +39,7 @@ def running_gateway(folder: Path, port: int) -> Iterator[tuple[PrivateRedis, int
             "--key-file": folder / "key",
             "--model": "demo",
             "--served-model-name": MODEL,
+            "--disaggregation": "always",
         }
         arguments = ["gateway", *(str(word) for pair in flags.items() for word in pair)]
         with spawn("kvrelay", arguments, folder / "gateway.log") as process:

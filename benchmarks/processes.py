@@ -10,10 +10,12 @@ from pathlib import Path
 
 from kvrelay import Client
 from kvrelay.errors import KvrelayError
+from kvrelay.request import WorkerState
 
-__all__ = ["REPOSITORY", "cpu_seconds", "resident_bytes", "spawn", "wait_until_served"]
+__all__ = ["REPOSITORY", "cluster", "cpu_seconds", "resident_bytes", "spawn", "wait_until_served"]
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+START_SECONDS = 120.0
 STOP_SECONDS = 30.0
 
 
@@ -44,6 +46,37 @@ def spawn(module: str, arguments: Sequence[object], log: Path) -> Iterator["subp
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+@contextlib.contextmanager
+def cluster(folder: Path, port: int, /, **settings: object) -> Iterator[str]:
+    """`kvrelay up` with two workers, both of them ready; answers its target.
+
+    Args:
+        folder: of its run directory and its log.
+        settings: more settings by their names in `kvrelay.config`.
+
+    Raises:
+        TimeoutError: a worker is not ready in time.
+        KvrelayError: no request is served.
+    """
+    flags = {"port": port, "prefill": 1, "decode": 1, "run_dir": folder / "run", **settings}
+    words = [word for name, value in flags.items() for word in ("--" + name.replace("_", "-"), value)]
+    target = f"127.0.0.1:{port}"
+    with spawn("kvrelay", ["up", *words], folder / "up.log"):
+        wait_until_served(target, START_SECONDS)
+        _wait_until_ready(target, 2, START_SECONDS)
+        yield target
+
+
+def _wait_until_ready(target: str, num_workers: int, seconds: float) -> None:
+    # A request may be served while a worker that it does not need still loads its model.
+    deadline = time.monotonic() + seconds
+    with Client(target) as client:
+        while sum(worker.state is WorkerState.READY for worker in client.status().workers) < num_workers:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"after {seconds:g} s not all of {num_workers} workers are ready")
+            time.sleep(0.1)
 
 
 def wait_until_served(target: str, seconds: float) -> None:

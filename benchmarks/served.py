@@ -25,7 +25,7 @@ from pathlib import Path
 
 from benchmarks.checkpoints import make
 from benchmarks.offline import OfflineEngine
-from benchmarks.processes import REPOSITORY, cpu_seconds, spawn, wait_until_served
+from benchmarks.processes import REPOSITORY, cluster, cpu_seconds
 from benchmarks.results import Row, add_flags, measure, publish
 from benchmarks.stream_load import Observed, percentile, run_streams
 from benchmarks.workloads import Workload, output_tokens, peers_workload
@@ -36,7 +36,6 @@ from kvrelay.request import ClusterStatus
 __all__ = ["Outcome", "main", "run_offline", "run_served"]
 
 WARM_UP_REQUESTS = 16
-START_SECONDS = 120.0
 CAPTION = (
     "One workload offline, and served by one prefill and one decode worker with client, gateway and Redis on the same "
     "cores. A token's CPU is that of all processes of the way."
@@ -141,12 +140,9 @@ def _run_rounds(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="kvrelay-benchmark-") as name:
         folder = Path(name)
         arguments.model = arguments.model or make(folder / "small", "small")
-        flags = {"--model": arguments.model, "--port": arguments.port, "--run-dir": folder / "run"}
-        flags |= {"--prefill": 1, "--decode": 1, "--max-num-sequences": arguments.streams}
-        flags |= {"--threads": arguments.worker_threads, "--dtype": "float32"}
-        target = f"127.0.0.1:{arguments.port}"
-        with spawn("kvrelay", ["up", *(word for pair in flags.items() for word in pair)], folder / "up.log"):
-            wait_until_served(target, START_SECONDS)
+        settings: dict[str, object] = {"model": arguments.model, "dtype": "float32", "disaggregation": "always"}
+        settings |= {"max_num_sequences": arguments.streams, "threads": arguments.worker_threads}
+        with cluster(folder, arguments.port, **settings) as target:
             for seed in range(arguments.seed, arguments.seed + arguments.rounds):
                 offline.append(_in_a_process("offline", target, arguments, seed))
                 served.append(_in_a_process("served", target, arguments, seed))

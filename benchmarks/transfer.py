@@ -34,7 +34,7 @@ import torch
 
 from benchmarks import results
 from benchmarks.checkpoints import SHAPES, make
-from benchmarks.processes import REPOSITORY, spawn, wait_until_served
+from benchmarks.processes import REPOSITORY, cluster
 from benchmarks.results import Measure, Row, measure
 from kv_transfer.leases import LeaseTable
 from kv_transfer.links import Links
@@ -246,17 +246,17 @@ def _percent(values: Sequence[float], limits: Sequence[float]) -> Measure:
 
 def overlap_table(shape: str, tokens: int, rounds: int, port: int) -> list[Row]:
     """What is left of the transfer when prefill has ended, by each transport."""
-    rows = []
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="kvrelay-benchmark-") as name:
         folder = Path(name)
         model = make(folder / shape, shape)
         for transport in ("shm", "nixl", "grpc"):
             if transport == "nixl" and nixl_problem() is not None:
                 continue
-            flags = {"--model": model, "--port": port, "--run-dir": folder / transport, "--transport": transport}
-            with spawn("kvrelay", ["up", *(word for pair in flags.items() for word in pair)], folder / "up.log"):
-                wait_until_served(f"127.0.0.1:{port}", START_SECONDS)
-                rows.append({"transport": transport, **_ask(f"127.0.0.1:{port}", tokens, rounds)})
+            (folder / transport).mkdir()
+            settings = {"model": model, "transport": transport, "disaggregation": "always"}
+            with cluster(folder / transport, port, **settings) as target:
+                rows.append({"transport": transport, **_ask(target, tokens, rounds)})
     return rows
 
 

@@ -121,6 +121,7 @@ FLAGS = (
     Flag("--timeout", "S", "seconds after which a request has failed", _number(0.1), "600"),
     Flag("--slo-ttft", "S", "goodput: the most seconds to the first token", _number(0)),
     Flag("--slo-tpot", "S", "goodput: the most seconds per token after the first", _number(0)),
+    Flag("--slo-gap", "S", "goodput: the most seconds between two responses of a request", _number(0)),
     Flag("--output", "FILE.json", "write the report, with a record of each request, as JSON", _new_file),
     Flag("--html", "FILE.html", "write the report as a page with plots", _new_file),
 )

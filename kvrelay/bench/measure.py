@@ -78,17 +78,24 @@ class Distribution:
 
 @dataclass(frozen=True, slots=True)
 class GoodputLimits:
-    """What a good request keeps to, in seconds; None limits nothing."""
+    """What a good request keeps to, in seconds; None limits nothing.
+
+    Attributes:
+        gap: the longest response gap of the request.
+    """
 
     ttft: float | None = None
     tpot: float | None = None
+    gap: float | None = None
 
     def kept_by(self, record: Record) -> bool:
-        """Whether the request completed within the limits. One without a second token has no TPOT to break."""
+        """Whether the request completed within the limits. One without a second token has only TTFT to break."""
         if record.outcome is not Outcome.COMPLETED:
             return False
-        kept_ttft = self.ttft is None or _ttft(record) <= self.ttft
-        return kept_ttft and (self.tpot is None or record.num_received < 2 or _tpot(record) <= self.tpot)
+        limits = [(self.ttft, _ttft)]
+        if record.num_received > 1:
+            limits += [(self.tpot, _tpot), (self.gap, _longest_gap)]
+        return all(limit is None or value(record) <= limit for limit, value in limits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +230,10 @@ def _e2e(record: Record) -> float:
 
 def _tpot(record: Record) -> float:
     return (_e2e(record) - _ttft(record)) / (record.num_received - 1)
+
+
+def _longest_gap(record: Record) -> float:
+    return float(np.diff(record.response_times).max(initial=0.0))
 
 
 def _each(records: Iterable[Record], value: Callable[[Record], float]) -> Floats:

@@ -62,9 +62,8 @@ def _throughput(summary: Summary) -> Iterator[str]:
     yield _row("all tokens", f"{total:,}", f"{summary.total_tokens_per_second:,.1f} /s")
     if summary.goodput is not None:
         goodput, limits = summary.goodput, summary.goodput.limits
-        within = [
-            f"{name} {limit:g} s" for name, limit in (("TTFT", limits.ttft), ("TPOT", limits.tpot)) if limit is not None
-        ]
+        named = (("TTFT", limits.ttft), ("TPOT", limits.tpot), ("gaps", limits.gap))
+        within = [f"{name} {limit:g} s" for name, limit in named if limit is not None]
         rate = f"{goodput.requests_per_second:,.2f} /s within {', '.join(within)}"
         yield _row("goodput", f"{goodput.share:.1%} of requests", rate)
     yield _row("measured", f"{summary.window:.2f} s")

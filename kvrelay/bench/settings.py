@@ -78,7 +78,7 @@ def parse(arguments: Mapping[str, Any]) -> BenchSettings:
         seed=values["seed"],
         temperature=values["temperature"],
         timeout=values["timeout"],
-        limits=GoodputLimits(values["slo_ttft"], values["slo_tpot"]),
+        limits=GoodputLimits(values["slo_ttft"], values["slo_tpot"], values["slo_gap"]),
         output=values["output"],
         html=values["html"],
         configuration=_configuration(values, arrivals),
@@ -119,7 +119,7 @@ def _trace(values: Mapping[str, Any], arrivals: Arrivals) -> Sequence[Shape]:
 
 def _configuration(values: Mapping[str, Any], arrivals: Arrivals) -> dict[str, Any]:
     asked = ("trace", "trace_format") if values["trace"] else ("input_tokens", "output_tokens", "shared_prefix_tokens")
-    others = ("warmup", "seed", "temperature", "timeout", "slo_ttft", "slo_tpot")
+    others = ("warmup", "seed", "temperature", "timeout", "slo_ttft", "slo_tpot", "slo_gap")
     chosen = {key: values[key] for key in ("requests", "duration", *asked, *others)}
     texts = {key: str(value) for key, value in chosen.items() if isinstance(value, Path | LengthDistribution)}
     return {"arrivals": str(arrivals)} | chosen | texts

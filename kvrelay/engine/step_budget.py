@@ -100,4 +100,7 @@ class StepBudget:
         if num_decoding == 0 or self._itl_limit == 0.0:
             return self._max_tokens
         within = min(self._times.num_tokens_within(self._itl_limit), float(self._max_tokens))
+        if self.prefill_rate > 0.0:
+            # Steps that only decode are all alike. After some hundred of them the line says nothing of long ones.
+            within = min(within, num_decoding + self.prefill_rate * self._itl_limit)
         return min(self._max_tokens, max(int(within), num_decoding + self._least_prompt_tokens))

@@ -112,7 +112,8 @@ def start_cluster(
     """Starts a cluster and waits until it is ready; ends all of it, whatever happens.
 
     Args:
-        settings: more settings by their names in `kvrelay.config`.
+        settings: more settings by their names in `kvrelay.config`. All prompts go to the prefill workers unless these
+            say otherwise, so that every test knows who computes what.
     """
     port = free_port()
     flags: dict[str, object] = {
@@ -121,6 +122,7 @@ def start_cluster(
         "decode": decode,
         "port": port,
         "run_dir": run_dir,
+        "disaggregation": "always",
         **settings,
     }
     arguments = [text for name, value in flags.items() for text in _flag(name, value)]

@@ -47,7 +47,8 @@ def one_and_two(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 @contextlib.contextmanager
 def launched(folder: Path, model: Path, run_dir: Path | None = None) -> Iterator["subprocess.Popen[str]"]:
     """`kvrelay up`, one and one, on a free port; `folder` takes what it prints and its temporary files."""
-    options = {"--model": model, "--port": 0, "--num-blocks": 512} | ({"--run-dir": run_dir} if run_dir else {})
+    options = {"--model": model, "--port": 0, "--num-blocks": 512, "--disaggregation": "always"}
+    options |= {"--run-dir": run_dir} if run_dir else {}
     command = [sys.executable, "-m", "kvrelay", "up", *(str(word) for pair in options.items() for word in pair)]
     environment = clean_environment(TMPDIR=str(folder))
     with (folder / "up.log").open("w") as log:

@@ -243,6 +243,7 @@ async def start_rig(folder: Path, model: Path, **settings: object) -> AsyncItera
             cleanup.push_async_callback(proxy.stop)
         shared = {"model": model, "run_dir": folder, **settings}
         gateway = {"port": port, "worker_id": GATEWAY, "redis": _url(rig, GATEWAY), "model": model, "run_dir": folder}
+        gateway |= {"disaggregation": "always"}  # every request is to have a handover that can fail
         rig.processes[GATEWAY] = Process(GATEWAY, [GATEWAY, *_flags(gateway)], folder, spans.environment)
         for name in WORKERS:
             own = {

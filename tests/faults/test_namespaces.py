@@ -30,7 +30,7 @@ class Cluster:
         for name, host in zip(("gateway", "prefill", "decode"), places, strict=True):
             flags = ["--model", str(model), "--redis", redis, "--run-dir", str(folder), "--worker-id", name]
             flags += ["--host", host.address, "--insecure-bind"]
-            flags += ["--port", str(PORT)] if name == "gateway" else SETTINGS
+            flags += ["--port", str(PORT), "--disaggregation=always"] if name == "gateway" else SETTINGS
             self.processes[name] = Process(name, [name, *flags], folder)
 
     def start(self) -> None:

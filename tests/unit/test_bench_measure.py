@@ -105,6 +105,14 @@ def test_goodput() -> None:
     assert summary(*records).goodput is None
 
 
+def test_goodput_sees_one_long_gap_that_a_mean_hides() -> None:
+    stalled = record([(0.1, 1), (0.2, 1), (0.7, 8)])  # TPOT 0.067
+    assert not GoodputLimits(tpot=0.1, gap=0.4).kept_by(stalled)
+    assert GoodputLimits(tpot=0.1, gap=0.5 + 1e-9).kept_by(stalled)
+    for without_gaps in (record([(0.1, 3)]), record([(0.1, 1)])):
+        assert GoodputLimits(gap=0.0).kept_by(without_gaps)
+
+
 def test_goodput_counts_the_wait_for_a_late_load_generator() -> None:
     late = record([(1.0, 1)], due=0.0, sent=0.95)
     result = summary(late, limits=GoodputLimits(ttft=0.5))

@@ -159,7 +159,7 @@ def test_the_json_has_everything() -> None:
     assert (summary["completed"], summary["errors"]) == (20, {"UNAVAILABLE": 1})
     assert summary["client_cpu_seconds"] == 0.5
     assert summary["ttft"]["p99"] == pytest.approx(0.123)
-    assert summary["goodput"]["limits"] == {"ttft": 0.2, "tpot": None}
+    assert summary["goodput"]["limits"] == {"ttft": 0.2, "tpot": None, "gap": None}
     assert len(found["requests"]) == 22
     request = found["requests"][0]
     assert (request["outcome"], request["input_tokens"], request["output_tokens"]) == ("completed", 1000, 5)

@@ -45,10 +45,12 @@ def test_how_many_requests(trace: str) -> None:
 
 
 def test_the_configuration_says_what_was_asked_for(trace: str) -> None:
-    configuration = parse({"input_tokens": "uniform:1,9", "slo_ttft": "0.5"}).configuration
+    settings = parse({"input_tokens": "uniform:1,9", "slo_ttft": "0.5", "slo_gap": "0.2"})
+    assert settings.limits == GoodputLimits(ttft=0.5, gap=0.2)
+    configuration = settings.configuration
     assert configuration["arrivals"] == "closed loop, 16 concurrent"
     assert configuration["input_tokens"] == "uniform:1,9"
-    assert (configuration["slo_ttft"], configuration["slo_tpot"]) == (0.5, None)
+    assert (configuration["slo_ttft"], configuration["slo_tpot"], configuration["slo_gap"]) == (0.5, None, 0.2)
     configuration = parse({"trace": trace, "speed": "2"}).configuration
     assert configuration["trace"] == trace
     assert "input_tokens" not in configuration

@@ -92,6 +92,16 @@ def test_without_a_limit_or_without_decoding_sequences_a_step_may_be_full() -> N
     assert observed([512] * 20).num_tokens(8) < 256
 
 
+def test_steps_that_only_decode_do_not_make_prompts_seem_cheap() -> None:
+    """A worker whose prompts are computed elsewhere sees nothing else, and chance says more than a token or two."""
+    budget = StepBudget(512, 0.1, BLOCK_SIZE)
+    for _ in range(20):
+        budget.observe(512, 512, 0.4)
+    for index in range(1000):
+        budget.observe(2 + index % 3, 0, 0.016 - 0.001 * (index % 3))
+    assert budget.num_tokens(3) == pytest.approx(3 + 128, abs=1)
+
+
 def test_before_the_first_step_nothing_is_held_back() -> None:
     assert StepBudget(512, 0.1, BLOCK_SIZE).num_tokens(8) == 512
 
