@@ -98,7 +98,8 @@ async def test_calls_that_a_server_never_took_up_before_it_stopped_can_be_sent_a
 
     with ThreadPoolExecutor(4) as threads:
         calls = [threads.submit(call) for _ in range(4)]
-        time.sleep(0.5)  # on purpose: the server's event loop stands still while they come
+        # On purpose: the server's event loop stands still while they come.
+        time.sleep(0.5)  # noqa: ASYNC251
         await running.server.stop()
         errors = await asyncio.gather(*map(asyncio.wrap_future, calls))
     assert all(isinstance(error, Unavailable) for error in errors)
