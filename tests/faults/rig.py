@@ -75,6 +75,7 @@ class Rig:
     worker_proxies: dict[str, Proxy] = field(default_factory=dict)
     redis_proxies: dict[str, Proxy] = field(default_factory=dict)
     gateway: str = ALWAYS
+    _num_seen_ends: Counter[str] = field(default_factory=Counter)
 
     @property
     def client(self) -> AsyncClient:
@@ -154,13 +155,12 @@ class Rig:
         return left
 
     def unexplained_ends(self) -> list[tuple[str, int]]:
-        """Processes that neither were killed, nor asked to end, nor could not begin; and their exit codes."""
-        return [
-            (name, code)
-            for name, process in self.processes.items()
-            for code in process.exit_codes
-            if code not in EXPLAINED_CODES
-        ]
+        """Who neither was killed, nor asked to end, nor could not begin, since this was last asked; with exit codes."""
+        found = []
+        for name, process in self.processes.items():
+            first, self._num_seen_ends[name] = self._num_seen_ends[name], len(process.exit_codes)
+            found += [(name, code) for code in process.exit_codes[first:] if code not in EXPLAINED_CODES]
+        return found
 
     async def eventually(self, condition: Callable[[], Awaitable[object]], seconds: float, what: str) -> None:
         """Raises: AssertionError if the condition does not hold in time."""

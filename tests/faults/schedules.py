@@ -19,6 +19,7 @@ __all__ = ["INSIDE", "OUTSIDE", "PAIRS", "Schedule", "schedule"]
 
 BOTH_WAYS = frozenset(Direction)
 LONG_SECONDS = 3.0  # after which a worker that was silent has been given up
+LATE_TOKENS = 20  # when short requests may all have ended
 FLIP_POINT, LAST_CHUNK_POINT = "transfer.received", "prefill.last_chunk"
 PREFILL_POINTS = ("prefill.", "pull.", "release.")
 # What a request meets whoever computes its prompt.
@@ -72,10 +73,12 @@ def _at_gateway(fault: Fault, gateway: str) -> Fault:
 
 def _asks(random: Random, faults: Sequence[Fault]) -> tuple[int, ...]:
     asks = random.sample(SHORT, random.randint(4, 7))
-    if any(fault.failpoint is not None and fault.failpoint.point == LAST_CHUNK_POINT for fault in faults):
-        asks += random.sample(WIDE, 2)  # one for each prefill worker
+    if any(fault.failpoint is not None and fault.failpoint.point not in POINTS_OF_ALL for fault in faults):
+        asks += random.sample(WIDE, 2)  # one for each prefill worker, so that its failpoints are met
     if any(fault.kind is Kind.DRAIN for fault in faults) or sum(fault.restarts_a_worker for fault in faults) > 1:
         asks += random.sample(LONG, 2)
+    elif any(fault.after_tokens >= LATE_TOKENS for fault in faults):
+        asks += random.sample(LONG, 1)
     random.shuffle(asks)
     return tuple(asks)
 
@@ -103,7 +106,7 @@ def _at(random: Random, point: str, action: str) -> Fault:
     if point == "decode.frame":
         times = random.randint(1, 5)
     else:
-        times = 1 if point == LAST_CHUNK_POINT else random.choice([1, 1, 2])
+        times = 1 if point == LAST_CHUNK_POINT else random.choice([1, 1, 1, 2])
     seconds = _freeze(random) if action == "stop" else 0.0
     return Fault(Kind.FAILPOINT, target, failpoint=Failpoint(point, action, delay, times), seconds=seconds)
 
