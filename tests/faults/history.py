@@ -8,7 +8,7 @@ from kvrelay.errors import KvrelayError
 from kvrelay.request import Chunk, FinishReason, TokenLogprobs
 from tests.faults.faults import Fault, Kind
 
-__all__ = ["Excuse", "Outcome", "excuses", "faults_of"]
+__all__ = ["Excuse", "Outcome", "excuses", "faults_of", "too_many_defects"]
 
 LOGPROB_TOLERANCE = 1e-3
 
@@ -86,6 +86,13 @@ def _excuses(fault: Fault, index: int | None) -> Iterator[Excuse]:
         yield Excuse("UNAVAILABLE", "REDIS_UNAVAILABLE")
     if fault.takes_the_gateway:
         yield Excuse("UNAVAILABLE", while_running=fault.kind is Kind.KILL)
+
+
+def too_many_defects(outcomes: Iterable[Outcome], faults: Iterable[Fault]) -> list[str]:
+    """More requests that failed by a defect than a defect was met by; empty if all is well."""
+    failed = [each.request_id for each in outcomes if each.error is not None and each.error.code == "INTERNAL"]
+    num_raised = sum(fault.action == "raise" for fault in faults)
+    return [f"a defect of one request failed others: {failed}"] if len(failed) > num_raised else []
 
 
 def faults_of(outcome: Outcome, expected: Completion, allowed: Sequence[Excuse]) -> list[str]:

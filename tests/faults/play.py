@@ -10,7 +10,7 @@ from kvrelay.client import Completion
 from kvrelay.errors import KvrelayError, Unavailable
 from tests.faults.catalog import CATALOG
 from tests.faults.faults import Fault, Kind
-from tests.faults.history import Outcome, excuses, faults_of
+from tests.faults.history import Outcome, excuses, faults_of, too_many_defects
 from tests.faults.rig import DECODE, PREFILL, WORKERS, Rig
 from tests.faults.schedules import Schedule
 from tests.faults.strikes import Strike
@@ -74,6 +74,7 @@ async def play(rig: Rig, schedule: Schedule, references: References, *, run: str
     faults = []
     for outcome in player.outcomes:
         faults += faults_of(outcome, references[outcome.ask], excuses(player.met, outcome.index))
+    faults += too_many_defects(player.outcomes, player.met)
     for outcome in player.asked_again:
         faults += faults_of(outcome, references[outcome.ask], ())
     faults += await _drained(player)

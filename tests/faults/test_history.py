@@ -9,7 +9,7 @@ from kvrelay.errors import DeadlineExceeded, Internal, KvrelayError, Unavailable
 from kvrelay.failpoints import Failpoint
 from kvrelay.request import Chunk, FinishReason, Timings, TokenLogprobs, Usage
 from tests.faults.faults import Fault, Kind
-from tests.faults.history import Excuse, Outcome, excuses, faults_of
+from tests.faults.history import Excuse, Outcome, excuses, faults_of, too_many_defects
 
 LOGPROBS = tuple(TokenLogprobs(token, -0.5, ((token, -0.5), (9, -1.5))) for token in (5, 6, 7))
 EXPECTED = Completion("r", "abc", (5, 6, 7), LOGPROBS, FinishReason.LENGTH, Usage(4, 0, 3), Timings())
@@ -130,6 +130,15 @@ def test_a_deadline_is_one_requests_own() -> None:
 @pytest.mark.parametrize("kind", [Kind.CANCEL, Kind.ABORT])
 def test_who_leaves_is_told_of_no_error(kind: Kind) -> None:
     assert excuses([Fault(kind, request=1)], 1) == ()
+
+
+def test_a_defect_is_one_requests_own() -> None:
+    raised = Fault(Kind.FAILPOINT, "decode-0", failpoint=Failpoint("decode.reserved", "raise", at=1))
+    defect = Internal("defect")
+    assert is_allowed(defect, raised, num_chunks=1)
+    failed = [ended_with(defect, 1), right(), ended_with(Unavailable("gone"), 0)]
+    assert too_many_defects(failed, [raised]) == []
+    assert too_many_defects([*failed, ended_with(defect, 0)], [raised])
 
 
 REFUSED = Unavailable("no Redis", reason="REDIS_UNAVAILABLE")
