@@ -146,11 +146,11 @@ class _Player:
         self._name = f"seed-{schedule.seed}{run}"
         self.outcomes = [Outcome(f"{self._name}-{index}", ask, index) for index, ask in enumerate(schedule.asks)]
         self.asked_again: list[Outcome] = []
-        self.strikes = [Strike(rig, fault) for fault in schedule.faults if not fault.is_of_a_client]
+        self._late = asyncio.Event()
+        self.strikes = [Strike(rig, fault, self._late.set) for fault in schedule.faults if not fault.is_of_a_client]
         self._struck_clients: set[Fault] = set()
         self._num_tokens = 0
         self._progress = asyncio.Condition()
-        self._late = asyncio.Event()
 
     @property
     def met(self) -> list[Fault]:
@@ -164,17 +164,23 @@ class _Player:
 
     async def play(self) -> None:
         num_early = len(self.outcomes) - self._schedule.num_late
-        strikers = [asyncio.create_task(self._strike_in_time(strike)) for strike in self.strikes]
+        for strike in self.strikes:
+            strike.arm()
+        striking = [strike for strike in self.strikes if strike.fault.failpoint is None]
+        strikers = [asyncio.create_task(self._strike_in_time(strike)) for strike in striking]
         late = asyncio.gather(*(self._ask_late(outcome) for outcome in self.outcomes[num_early:]))
         try:
             await asyncio.gather(*(self._ask(outcome) for outcome in self.outcomes[:num_early]))
             self._late.set()  # whether or not a fault has struck
             await late
         finally:
-            for task in (late, *strikers):
-                task.cancel()
-            await asyncio.gather(late, *strikers, return_exceptions=True)
+            late.cancel()
+            for striker in strikers:
+                striker.cancel()
+            ends = await asyncio.gather(late, *strikers, return_exceptions=True)
             self._rig.heal()
+        for defect in (end for end in ends if isinstance(end, Exception)):
+            raise defect
         if any(fault.takes_redis or fault.takes_the_gateway or fault.kind is Kind.WIPE for fault in self.met):
             await self._ask_again()
 
@@ -239,10 +245,4 @@ class _Player:
     async def _strike_in_time(self, strike: Strike) -> None:
         async with self._progress:
             await self._progress.wait_for(lambda: self._num_tokens >= strike.fault.after_tokens)
-        striking = asyncio.create_task(strike.at_last())
-        try:
-            await strike.begun.wait()
-            self._late.set()
-            await striking
-        finally:
-            striking.cancel()
+        await strike.at_last()

@@ -233,9 +233,13 @@ def _processes(
         flags = _flags({**shared, "redis": redis, "worker_id": name, **own})
         return Process(name, [name.partition("-")[0], *flags], rig.folder, environment)
 
-    computing = {name: settings[name] for name in ("block_size", "max_batched_tokens") if name in settings}
     for name in GATEWAYS:
-        own = {"port": ports[name], "disaggregation": name.partition("-")[2], **computing}
+        own = {
+            "port": ports[name],
+            "disaggregation": name.partition("-")[2],
+            "block_size": settings["block_size"],
+            "max_batched_tokens": settings["max_batched_tokens"],
+        }
         yield process(name, own, rig.spans.environment)
     for name in WORKERS:
         own = {

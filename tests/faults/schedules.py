@@ -50,15 +50,17 @@ class Schedule:
 def schedule(seed: int) -> Schedule:
     random = Random(seed)
     part, place = divmod(seed, 5)
-    if place == 4:
-        faults = _two(random, part)
-    elif place % 2:
-        faults = (_outside(random, 2 * part + place // 2),)
-    else:
-        faults = (_inside(random, 2 * part + place // 2),)
+    faults = _faults(random, part, place)
     gateway = ALWAYS if any(_is_in_the_way_of_blocks(fault) for fault in faults) else random.choice(GATEWAYS)
     faults = tuple(_at_gateway(fault, gateway) for fault in faults)
     return Schedule(seed, gateway, _asks(random, faults), faults, _num_late(random, faults))
+
+
+def _faults(random: Random, part: int, place: int) -> tuple[Fault, ...]:
+    if place == 4:
+        return list(PAIRS.values())[part % len(PAIRS)](random)
+    strikes = _outside if place % 2 else _inside
+    return (strikes(random, 2 * part + place // 2),)
 
 
 def _is_in_the_way_of_blocks(fault: Fault) -> bool:
@@ -233,7 +235,3 @@ PAIRS: dict[str, Pair] = {
     "Redis, and the gateway": _pair(Kind.WIPE, (REDIS,), Kind.KILL, (GATEWAY,)),
     "a worker drains, and the gateway": _pair(Kind.DRAIN, WORKERS, Kind.DRAIN, (GATEWAY,)),
 }
-
-
-def _two(random: Random, number: int) -> tuple[Fault, Fault]:
-    return list(PAIRS.values())[number % len(PAIRS)](random)

@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+from collections.abc import Callable
 
 from tests.faults.faults import Fault, Kind
 from tests.faults.proxy import Link
@@ -16,14 +17,15 @@ SIGNALS = {Kind.KILL: signal.SIGKILL, Kind.DRAIN: signal.SIGTERM, Kind.FREEZE: s
 class Strike:
     """One fault, which is not of a client, on its way into a cluster.
 
-    Attributes:
-        begun: it has struck, as far as it is up to us; a failpoint or a link may still wait for somebody to come.
+    Args:
+        on_begun: called when it has struck, as far as it is up to us; a link may still wait for somebody to come.
     """
 
-    def __init__(self, rig: Rig, fault: Fault) -> None:
+    def __init__(self, rig: Rig, fault: Fault, on_begun: Callable[[], None]) -> None:
         self.fault = fault
-        self.begun = asyncio.Event()
         self._rig = rig
+        self._on_begun = on_begun
+        self._has_begun = False
         self._link: Link | None = rig.link(fault.client, fault.target) if fault.client else None
         self._num_met = self._count()
         self._num_ends = 0
@@ -32,7 +34,7 @@ class Strike:
     def met_somebody(self) -> bool:
         if self.fault.kind in (Kind.FAILPOINT, Kind.FLIP, Kind.DELAY, Kind.STALL):
             return self._count() > self._num_met
-        return self.begun.is_set()
+        return self._has_begun
 
     def _count(self) -> int:
         """What it has met since the start of the rig."""
@@ -50,8 +52,14 @@ class Strike:
         await self._rig.eventually(has_ended, END_SECONDS, f"{process.name} ends")
         return process.exit_codes[self._num_ends]
 
+    def arm(self) -> None:
+        """Puts a failpoint in force, which then waits for its moment by itself."""
+        if self.fault.failpoint is not None:
+            self._rig.member(self.fault.target).away_seconds = self.fault.seconds
+            self._rig.processes[self.fault.target].arm(str(self.fault.failpoint))
+
     async def at_last(self) -> None:
-        """Its moment has come. Ends with what it does, if that ends by itself."""
+        """The moment of anything else has come. Ends with what it does, if that ends by itself."""
         fault = self.fault
         await asyncio.sleep(fault.pause)
         if self._link is not None:
@@ -62,12 +70,13 @@ class Strike:
         else:
             member = self._rig.member(fault.target)
             member.away_seconds = fault.seconds
-            if fault.failpoint is not None:
-                self._rig.processes[fault.target].arm(str(fault.failpoint))
-            else:
-                self._num_ends = len(member.exit_codes)
-                member.signal(SIGNALS[fault.kind])
-        self.begun.set()
+            self._num_ends = len(member.exit_codes)
+            member.signal(SIGNALS[fault.kind])
+        self._begin()
+
+    def _begin(self) -> None:
+        self._has_begun = True
+        self._on_begun()
 
     async def _strike_link(self, link: Link) -> None:
         fault = self.fault
@@ -81,7 +90,7 @@ class Strike:
                 link.stalled = fault.stalled
             case Kind.FLIP:
                 link.num_flips = 1
-        self.begun.set()
+        self._begin()
         if fault.kind not in (Kind.DELAY, Kind.FLIP):  # which last to the end
             await asyncio.sleep(fault.seconds)
             link.heal()
