@@ -14,10 +14,9 @@ from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
 
 from kvrelay.failpoints import POINTS
-from tests.checkpoints import make_checkpoint
 from tests.faults.cancels import cancel_many
 from tests.faults.play import play, record
-from tests.faults.rig import MAX_CONTEXT, SETTINGS, WORKERS, Rig, start_rig
+from tests.faults.rig import SETTINGS, WORKERS, Rig, make_model, start_rig
 from tests.faults.schedules import schedule
 
 
@@ -50,8 +49,7 @@ def _run(act: Callable[[Rig], Coroutine[None, None, int]]) -> int:
     """On a cluster of its own; answers the exit code."""
 
     async def run(folder: Path) -> int:
-        model = make_checkpoint(folder / "model", "llama", num_hidden_layers=1, max_position_embeddings=MAX_CONTEXT)
-        async with start_rig(folder, model, **SETTINGS) as rig:
+        async with start_rig(folder, make_model(folder), **SETTINGS) as rig:
             return await act(rig)
 
     with tempfile.TemporaryDirectory(prefix="kvrelay-faults-") as folder:

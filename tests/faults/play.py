@@ -31,20 +31,25 @@ class Report:
     """What came of a schedule.
 
     Attributes:
-        struck: whether each fault met anybody.
+        met: whether each fault met anybody.
         num_errors: requests that ended with an error that is allowed.
         faults: what went against the promises.
     """
 
     schedule: Schedule
-    struck: tuple[bool, ...]
+    met: tuple[bool, ...]
     num_errors: int
     seconds: float
     faults: tuple[str, ...]
 
+    @property
+    def struck(self) -> bool:
+        """Whether any fault met anybody."""
+        return any(self.met)
+
     def __str__(self) -> str:
-        struck = "" if all(self.struck) else " (met nobody)" if not any(self.struck) else " (one met nobody)"
-        lines = [f"{self.schedule}{struck}: {self.num_errors} errors, {self.seconds:.1f} s", *self.faults]
+        met = "" if all(self.met) else " (one met nobody)" if self.struck else " (met nobody)"
+        lines = [f"{self.schedule}{met}: {self.num_errors} errors, {self.seconds:.1f} s", *self.faults]
         return "\n    ".join(lines)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from kvrelay.client import AsyncClient
 from kvrelay.errors import KvrelayError
 from kvrelay.request import ClusterStatus, WorkerState, WorkerStatus
+from tests.checkpoints import make_checkpoint
 from tests.faults.process import Member, Process, RedisServer
 from tests.faults.proxy import Link, Proxy
 from tests.faults.spans import SpanCollector
@@ -185,11 +186,19 @@ class Rig:
             await asyncio.sleep(POLL_SECONDS)
 
 
+def make_model(folder: Path) -> Path:
+    """A checkpoint that takes the longest of requests, and as little time as possible."""
+    return make_checkpoint(folder / "model", "llama", num_hidden_layers=1, max_position_embeddings=MAX_CONTEXT)
+
+
 @contextlib.asynccontextmanager
-async def start_rig(folder: Path, model: Path, **settings: object) -> AsyncIterator[Rig]:
+async def start_rig(
+    folder: Path, model: Path, num_decode_blocks: int = NUM_DECODE_BLOCKS, **settings: object
+) -> AsyncIterator[Rig]:
     """Two workers of each kind and three gateways; ends all of it, whatever happens.
 
     Args:
+        num_decode_blocks: of each decode worker, in place of what the settings say.
         settings: of the workers, by their names in `kvrelay.config`. Blocks reach decode-0 by gRPC always.
     """
     async with contextlib.AsyncExitStack() as cleanup:
@@ -207,7 +216,7 @@ async def start_rig(folder: Path, model: Path, **settings: object) -> AsyncItera
         for proxy in (*rig.redis_proxies.values(), *rig.worker_proxies.values()):
             await proxy.start()
             cleanup.push_async_callback(proxy.stop)
-        for process in _processes(rig, ports, {"model": model, "run_dir": folder}, settings):
+        for process in _processes(rig, ports, {"model": model, "run_dir": folder}, settings, num_decode_blocks):
             rig.processes[process.name] = process
             process.start()
             cleanup.callback(process.end)
@@ -226,7 +235,7 @@ def _free_ports(names: Sequence[str]) -> dict[str, int]:
 
 
 def _processes(
-    rig: Rig, ports: dict[str, int], shared: dict[str, object], settings: dict[str, object]
+    rig: Rig, ports: dict[str, int], shared: dict[str, object], settings: dict[str, object], num_decode_blocks: int
 ) -> Iterator[Process]:
     def process(name: str, own: dict[str, object], environment: dict[str, str]) -> Process:
         redis = f"redis://127.0.0.1:{rig.redis_proxies[name].port}"
@@ -249,7 +258,7 @@ def _processes(
             "transport": "grpc" if name == DECODE[0] else "auto",
         }
         if name in DECODE:
-            own["num_blocks"] = NUM_DECODE_BLOCKS
+            own["num_blocks"] = num_decode_blocks
         yield process(name, own, {})
 
 

@@ -29,7 +29,7 @@ async def test_schedules(stage: Stage, first: int) -> None:
     bad = [report for report in reports if report.faults]
     assert not bad, "\n".join([*map(str, bad), stage.rig.logs()])
     # Not each fault meets a request, but a rig of which none does would prove nothing.
-    assert sum(any(report.struck) for report in reports) > BATCH // 2
+    assert sum(report.struck for report in reports) > BATCH // 2
     await stage.rig.wait_ready(*WORKERS)
     assert not await stage.rig.what_is_left()
 
