@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from kvrelay.client import AsyncClient
 from kvrelay.errors import KvrelayError
@@ -26,13 +27,12 @@ __all__ = [
     "ALWAYS",
     "DECODE",
     "GATEWAYS",
-    "MAX_CONTEXT",
-    "NUM_DECODE_BLOCKS",
     "PREFILL",
     "REDIS",
     "SETTINGS",
     "WORKERS",
     "Rig",
+    "make_model",
     "start_rig",
 ]
 
@@ -50,13 +50,18 @@ EXPLAINED_CODES = (-signal.SIGKILL, 0, 2)
 NUM_DECODE_BLOCKS = 256
 MAX_CONTEXT = 4 * NUM_DECODE_BLOCKS
 # Many small blocks, chunks and steps, so that a fault has many moments to strike; leases end soon after a lost Release.
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "block_size": 4,
     "num_blocks": 512,
     "max_batched_tokens": 16,
     "threads": 1,
     "lease_seconds": 2.0,
     "drain_seconds": 5.0,
+}
+# How blocks reach each decode worker. Bytes may flip on the way to the first, which looks at each block.
+TRANSFER = {
+    "decode-0": {"transport": "grpc", "checksum": "full"},
+    "decode-1": {"transport": "auto", "checksum": "sampled"},
 }
 
 
@@ -199,7 +204,7 @@ async def start_rig(
 
     Args:
         num_decode_blocks: of each decode worker, in place of what the settings say.
-        settings: of the workers, by their names in `kvrelay.config`. Blocks reach decode-0 by gRPC always.
+        settings: of the workers, by their names in `kvrelay.config`.
     """
     async with contextlib.AsyncExitStack() as cleanup:
         rig = Rig(folder, RedisServer(folder / "redis"), SpanCollector())
@@ -251,14 +256,9 @@ def _processes(
         }
         yield process(name, own, rig.spans.environment)
     for name in WORKERS:
-        own = {
-            **settings,
-            "worker_port": ports[name],
-            "advertise_port": rig.worker_proxies[name].port,
-            "transport": "grpc" if name == DECODE[0] else "auto",
-        }
+        own = {**settings, "worker_port": ports[name], "advertise_port": rig.worker_proxies[name].port}
         if name in DECODE:
-            own["num_blocks"] = num_decode_blocks
+            own |= {"num_blocks": num_decode_blocks, **TRANSFER[name]}
         yield process(name, own, {})
 
 

@@ -104,6 +104,8 @@ def _inside(random: Random, number: int) -> Fault:
 
 def _at(random: Random, point: str, action: str) -> Fault:
     target = random.choice(PREFILL if point.startswith(PREFILL_POINTS) else DECODE)
+    if action == "flip":
+        target = DECODE[0]  # the other one does not look at each block
     delay = random.choice([0.05, 0.3]) if action == "delay" else 0.0
     if point == "decode.frame":
         times = random.randint(1, 5)
@@ -116,7 +118,7 @@ def _at(random: Random, point: str, action: str) -> Fault:
 # Stands for the gateway that is asked.
 GATEWAY = "gateway"
 KV_LINKS = tuple((decode, prefill) for decode in DECODE for prefill in PREFILL)
-# The other decode worker reads shared memory, which no proxy sees.
+# The other decode worker reads shared memory, which no proxy sees, and does not look at each block.
 FLIPPED_LINKS = tuple((DECODE[0], prefill) for prefill in PREFILL)
 WORKER_LINKS = tuple((GATEWAY, worker) for worker in WORKERS)
 REDIS_LINKS = ((GATEWAY, REDIS), *((worker, REDIS) for worker in WORKERS))
