@@ -79,6 +79,14 @@ def test_who_aborts_sees_a_part_and_its_end() -> None:
     assert faults_of(aborted(by_its_client=True), EXPECTED, ()) == []
 
 
+def test_who_aborts_may_see_half_a_character() -> None:
+    outcome = aborted(by_its_client=True)
+    outcome.chunks[-1] = replace(outcome.chunks[-1], text="\ufffd")
+    assert faults_of(outcome, EXPECTED, ()) == []
+    outcome.chunks[0] = replace(outcome.chunks[0], text="\ufffd")
+    assert faults_of(outcome, EXPECTED, ())
+
+
 @pytest.mark.parametrize(
     ("outcome", "complaint"),
     [
@@ -96,6 +104,7 @@ def test_who_aborts_sees_a_part_and_its_end() -> None:
         (with_last(text=""), "instead of"),
         (with_last(finish_reason=FinishReason.STOP), "instead of"),
         (aborted(by_its_client=False), "was aborted by nobody"),
+        (with_last(text="\ufffd"), "instead of 'abc'"),
         (with_last(usage=Usage(4, 0, 2)), "instead of"),
         (with_last(logprobs=()), "2 log-probabilities for 3 tokens"),
         (with_last(logprobs=(replace(LOGPROBS[2], top=((7, -0.5), (8, -1.5))),)), "log-probabilities"),
