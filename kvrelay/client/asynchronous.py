@@ -22,6 +22,7 @@ from kvrelay.client.shared import (
     completion,
     generate_request,
 )
+from kvrelay.errors import Unavailable
 from kvrelay.request import Chunk, ClusterStatus, HeldBlocks, Model
 from kvrelay.v1.inference_pb2_grpc import InferenceServiceStub
 
@@ -43,6 +44,7 @@ class AsyncStream:
     def __init__(self, call: Any, request_id: str) -> None:
         self._call = call
         self._closed = False
+        self._has_all = False
         self._loop = asyncio.get_running_loop()
         self.request_id = request_id
 
@@ -66,10 +68,16 @@ class AsyncStream:
             if self._closed and task is not None and not task.cancelling():  # by another task, while this one waited
                 raise StopAsyncIteration from None
             raise
+        except Unavailable:
+            if self._has_all:  # the connection broke, but nothing is missing
+                raise StopAsyncIteration from None
+            raise
         if response is grpc.aio.EOF:  # type: ignore[attr-defined]  # missing in its stubs
             self._closed = True
             raise StopAsyncIteration
-        return wire.chunk_from_proto(response)
+        chunk = wire.chunk_from_proto(response)
+        self._has_all = chunk.finish_reason is not None
+        return chunk
 
     async def __aenter__(self) -> Self:
         return self

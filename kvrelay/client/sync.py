@@ -19,6 +19,7 @@ from kvrelay.client.shared import (
     completion,
     generate_request,
 )
+from kvrelay.errors import Unavailable
 from kvrelay.request import Chunk, ClusterStatus, HeldBlocks, Model
 from kvrelay.v1.inference_pb2_grpc import InferenceServiceStub
 
@@ -37,6 +38,7 @@ class Stream:
     def __init__(self, call: Any, request_id: str) -> None:
         self._call = call
         self._closed = False
+        self._has_all = False
         self.request_id = request_id
 
     def __iter__(self) -> Self:
@@ -47,11 +49,16 @@ class Stream:
         if self._closed:
             raise StopIteration
         try:
-            return wire.chunk_from_proto(next(self._call))
+            chunk = wire.chunk_from_proto(next(self._call))
         except grpc.RpcError as error:
             if self._closed:  # by another thread, while this one waited
                 raise StopIteration from None
-            raise rpc.error_from_rpc(error) from error
+            raised = rpc.error_from_rpc(error)
+            if self._has_all and isinstance(raised, Unavailable):  # the connection broke, but nothing is missing
+                raise StopIteration from None
+            raise raised from error
+        self._has_all = chunk.finish_reason is not None
+        return chunk
 
     def __enter__(self) -> Self:
         return self

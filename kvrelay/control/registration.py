@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import sys
 import time
 from collections.abc import Awaitable, Callable
 
@@ -138,9 +139,9 @@ class Registration:
     async def _watch_own_silence(self, on_lapse: Callable[[], Awaitable[None]]) -> None:
         # Apart from the heartbeats, because these may wait for Redis, which is no silence of this process.
         while True:
-            asleep_since = time.monotonic()
+            asleep_since = _now()
             await asyncio.sleep(self._interval)
-            if time.monotonic() - asleep_since >= self._lease_seconds:
+            if _now() - asleep_since >= self._lease_seconds:
                 await self._begin_anew(on_lapse)
 
     async def _begin_anew(self, on_lapse: Callable[[], Awaitable[None]]) -> None:
@@ -173,3 +174,10 @@ class Registration:
         if not accepted and not self._superseded:
             _LOGGER.error("%s: a later start has taken over; this process is out of the registry", record.member)
         self._superseded = not accepted
+
+
+def _now() -> float:
+    """Seconds, those too in which the machine was suspended; `time.monotonic` leaves these out on Linux."""
+    if sys.platform == "linux":
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+    return time.monotonic()

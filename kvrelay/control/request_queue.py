@@ -14,6 +14,7 @@ import enum
 import itertools
 import json
 import logging
+import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -94,7 +95,8 @@ class RequestQueue:
     What is found in Redis and does not belong there is put aside and logged.
 
     Args:
-        gateway_id: unique among the gateways. A restarted gateway with the id of a dead one inherits nothing.
+        gateway_id: unique among the gateways. A restarted gateway with the id of a dead one inherits nothing, and what
+            that one had finished may run again, for its responses are lost.
         max_running: requests of all gateways that may run at once.
         max_waiting: requests of all gateways that may wait.
         replay_seconds: how long a finished request's id is remembered.
@@ -112,6 +114,7 @@ class RequestQueue:
         lease_seconds: float = 3.0,
     ) -> None:
         self._gateway_id = gateway_id
+        self._start = secrets.token_hex(8)
         self._max_running = max_running
         self._max_waiting = max_waiting
         # A poll on its way may name a request that has just finished; the record tells that it must not come back.
@@ -175,6 +178,7 @@ class RequestQueue:
         promoted = await self._call(
             self._finish,
             *(self._gateway_id, request_id, held.digest, held.rank, outcome, self._remember_ms, self._max_running),
+            self._start,
         )
         return self._note_promoted(promoted[0])
 
@@ -199,7 +203,8 @@ class RequestQueue:
     async def _ask_to_enter(self, request_id: str, held: _Held) -> list[Any]:
         if not self._joined:
             await self._join()
-        arguments = (self._gateway_id, request_id, held.digest, held.rank, self._max_running, self._max_waiting)
+        limits = (self._max_running, self._max_waiting)
+        arguments = (self._gateway_id, request_id, held.digest, held.rank, *limits, self._start)
         reply = await self._call(self._enter, *arguments)
         if reply[0] == "unknown_gateway":
             # Redis was wiped: what runs must be counted again before anything new is admitted.

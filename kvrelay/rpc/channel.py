@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError
 from google.rpc import status_pb2
 
 from kvrelay import wire
-from kvrelay.errors import KvrelayError, error_for_code
+from kvrelay.errors import KvrelayError, Unavailable, error_for_code
 
 __all__ = [
     "MAX_RESPONSE_BYTES",
@@ -23,6 +23,8 @@ __all__ = [
 
 MAX_RESPONSE_BYTES = 64 << 20
 STATUS_DETAILS_KEY = "grpc-status-details-bin"
+# What gRPC itself says, in code and text, of calls that have come to a server which stops before it looks at them.
+_DROPPED = "CANCELLED"
 
 _CHANNEL_OPTIONS = (
     # While calls are active, a peer that falls silent is noticed after two times the first plus the second.
@@ -80,4 +82,6 @@ def error_from_rpc(error: grpc.RpcError) -> KvrelayError:
                 status = status_pb2.Status.FromString(value)
                 if status.code == code.value[0]:
                     return wire.error_from_status(status)
+    if code is grpc.StatusCode.CANCELLED and call.details() == _DROPPED:
+        return Unavailable("the server stopped before it took the call up")
     return error_for_code(code.name)(call.details() or "")

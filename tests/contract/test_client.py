@@ -356,6 +356,16 @@ async def test_errors_are_kvrelays_own(driver: Driver, servicer: Servicer) -> No
     assert found.value.violations == (FieldViolation("model", "unknown"),)
 
 
+async def test_a_connection_that_breaks_after_the_last_response_took_nothing_away(
+    driver: Driver, servicer: Servicer
+) -> None:
+    servicer.error = Unavailable("the connection broke")
+    assert [chunk.seq for chunk in await driver.chunks("x")] == [1, 2]
+    servicer.answer = ANSWER[:1]
+    with pytest.raises(Unavailable):
+        await driver.chunks("x")
+
+
 async def test_nobody_listening_is_unavailable_at_once(kind: Any) -> None:
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))

@@ -204,4 +204,4 @@ async def test_redis_sees_ids_and_digests_alone(queue: RequestQueue, redis: Redi
     await fill(queue, "abc")
     assert all(str(key).startswith("kvrelay:") for key in await redis.keys("*"))
     record = await redis.hgetall("kvrelay:request:c")
-    assert record.keys() == {"state", "digest", "gateway", "rank", "since", "outcome"}
+    assert record.keys() == {"state", "digest", "gateway", "rank", "since", "outcome", "start"}

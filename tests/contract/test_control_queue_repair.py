@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 from kvrelay.control.connection import connect
 from kvrelay.control.private_redis import PrivateRedis
 from kvrelay.control.request_queue import Outcome, RequestQueue, Verdict
-from kvrelay.errors import ResourceExhausted, Unavailable
+from kvrelay.errors import AlreadyExists, ResourceExhausted, Unavailable
 from tests.contract.queue_kit import RUNNING, WAITING, counts, enter, fill, new_queue, poll_until
 
 pytest_plugins = ["redis_kit", "queue_kit"]
@@ -68,6 +68,36 @@ async def test_restarted_gateway_inherits_nothing(queue: RequestQueue, redis: Re
     restarted = new_queue(redis)
     assert await fill(restarted, "ab") == [Verdict.RUNNING] * 2
     assert await counts(restarted) == (0, 2)
+
+
+@pytest.mark.parametrize("outcome", [Outcome.COMPLETED, Outcome.CANCELLED])
+async def test_what_a_former_start_has_finished_may_run_again(
+    queue: RequestQueue, redis: Redis, outcome: Outcome
+) -> None:
+    """Its responses died with it, and perhaps nobody has seen them."""
+    await enter(queue, "a", "body")
+    await queue.finish("a", outcome)
+    restarted = new_queue(redis)
+    with pytest.raises(AlreadyExists):
+        await enter(restarted, "a", "other body")
+    assert await enter(restarted, "a", "body") == RUNNING
+
+
+async def test_what_a_dead_gateway_has_finished_may_run_again(redis: Redis) -> None:
+    dead, queue = new_queue(redis, "dead"), new_queue(redis, lease=0.4)
+    await enter(dead, "a")
+    await dead.finish("a", Outcome.COMPLETED)
+    assert (await enter(queue, "a")).verdict is Verdict.EXISTING
+    await until_gone(queue, redis, "dead")
+    assert await enter(queue, "a") == RUNNING
+
+
+async def until_gone(queue: RequestQueue, redis: Redis, gateway_id: str) -> None:
+    """Until the queue has taken notice that a gateway is silent."""
+    async with asyncio.timeout(5):
+        while await redis.zscore("kvrelay:queue:gateways", gateway_id) is not None:
+            await queue.poll()
+            await asyncio.sleep(0.02)
 
 
 async def test_entry_whose_reply_was_lost_can_be_repeated(

@@ -295,6 +295,26 @@ async def test_a_process_that_did_not_run_begins_a_new_epoch(redis: Redis, direc
     await registration.withdraw()
 
 
+async def test_a_machine_that_was_suspended_begins_a_new_epoch(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The event loop's own clock stood still meanwhile, as the process did."""
+    suspended = 0.0
+    monkeypatch.setattr("kvrelay.control.registration._now", lambda: time.monotonic() + suspended)
+    epochs: list[int] = []
+
+    async def on_lapse() -> None:
+        assert epochs == []
+
+    registration = Registration(
+        redis, KEY, lambda: LOAD, lease_seconds=LEASE, interval=BEAT, on_lapse=on_lapse, on_new_epoch=epochs.append
+    )
+    epoch = await registration.start(WORKER)
+    await asyncio.sleep(2 * BEAT)
+    suspended = 1.5 * LEASE
+    await until(lambda: bool(epochs))
+    assert epochs[0] > epoch
+    await registration.withdraw()
+
+
 async def test_registration_starts_once(registration: Registration) -> None:
     await registration.start(WORKER)
     with pytest.raises(FailedPrecondition):

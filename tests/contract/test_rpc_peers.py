@@ -3,13 +3,15 @@
 import asyncio
 import contextlib
 import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from grpc_health.v1 import health_pb2
 from rpc_kit import NOT_SERVING, Running, running
 
 from kvrelay import rpc
-from kvrelay.errors import Unavailable
+from kvrelay.errors import Cancelled, KvrelayError, Unavailable
 from kvrelay.v1 import inference_pb2, inference_pb2_grpc
 
 __all__ = ["running"]
@@ -80,3 +82,33 @@ async def test_noise_on_the_port_harms_nobody(running: Running) -> None:
         with socket.create_connection(("127.0.0.1", running.port)) as connection:
             connection.sendall(noise)
     assert await running.seqs() == []
+
+
+async def test_calls_that_a_server_never_took_up_before_it_stopped_can_be_sent_again(running: Running) -> None:
+    """gRPC drops them with a bare CANCELLED, though nobody has cancelled them."""
+
+    def call() -> KvrelayError | None:
+        with rpc.open_sync_channel(f"127.0.0.1:{running.port}") as channel:
+            try:
+                with rpc.translated():
+                    inference_pb2_grpc.InferenceServiceStub(channel).Abort(inference_pb2.AbortRequest())
+            except KvrelayError as error:
+                return error
+        return None
+
+    with ThreadPoolExecutor(4) as threads:
+        calls = [threads.submit(call) for _ in range(4)]
+        # On purpose: the server's event loop stands still while they come.
+        time.sleep(0.5)  # noqa: ASYNC251
+        await running.server.stop()
+        errors = await asyncio.gather(*map(asyncio.wrap_future, calls))
+    assert all(isinstance(error, Unavailable) for error in errors)
+
+
+async def test_what_a_client_cancelled_is_no_loss(running: Running) -> None:
+    running.servicer.count, running.servicer.ending = 1, asyncio.Event().wait
+    with rpc.open_sync_channel(f"127.0.0.1:{running.port}") as channel:
+        call = inference_pb2_grpc.InferenceServiceStub(channel).Generate(inference_pb2.GenerateRequest())
+        call.cancel()
+        with pytest.raises(Cancelled), rpc.translated():
+            await asyncio.to_thread(next, call)

@@ -1,6 +1,6 @@
 """`python -m tests.faults`: plays schedules on a cluster of its own and prints what goes against a promise.
 
-`--seed N` plays one schedule, `--soak` goes on from seed to seed.
+`--seed N` plays one schedule, `--soak` goes on from seed to seed, `--cancels N` gives N requests up instead.
 """
 
 import argparse
@@ -9,12 +9,14 @@ import itertools
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
 
-from tests.checkpoints import make_checkpoint
+from kvrelay.failpoints import POINTS
+from tests.faults.cancels import cancel_many
 from tests.faults.play import play, record
-from tests.faults.rig import SETTINGS, WORKERS, start_rig
+from tests.faults.rig import SETTINGS, WORKERS, Rig, make_model, start_rig
 from tests.faults.schedules import schedule
 
 
@@ -24,8 +26,13 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="the seed to begin with (default: 0)")
     parser.add_argument("--count", type=int, default=200, help="how many seeds (default: 200)")
     parser.add_argument("--soak", action="store_true", help="go on from seed to seed for --minutes")
+    parser.add_argument(
+        "--cancels", type=int, metavar="N", help="give N requests up at random moments, and play nothing"
+    )
     parser.add_argument("--minutes", type=float, default=60.0, help="how long a soak lasts (default: 60)")
     arguments = parser.parse_args()
+    if arguments.cancels is not None:
+        return _run(lambda rig: _cancel(rig, arguments.cancels, arguments.first))
     if arguments.seed is not None:
         seeds: Iterable[int] = arguments.seed
     else:
@@ -35,30 +42,46 @@ def main() -> int:
             else range(arguments.first, arguments.first + arguments.count)
         )
     deadline = time.monotonic() + 60 * arguments.minutes if arguments.soak else float("inf")
+    return _run(lambda rig: _play_all(rig, seeds, deadline))
+
+
+def _run(act: Callable[[Rig], Coroutine[None, None, int]]) -> int:
+    """On a cluster of its own; answers the exit code."""
+
+    async def run(folder: Path) -> int:
+        async with start_rig(folder, make_model(folder), **SETTINGS) as rig:
+            return await act(rig)
+
     with tempfile.TemporaryDirectory(prefix="kvrelay-faults-") as folder:
-        return asyncio.run(_play_all(Path(folder), seeds, deadline))
+        return asyncio.run(run(Path(folder)))
 
 
-async def _play_all(folder: Path, seeds: Iterable[int], deadline: float) -> int:
-    model = make_checkpoint(folder / "model", "llama", num_hidden_layers=1)
-    num_played, bad = 0, []
-    async with start_rig(folder, model, **SETTINGS) as rig:
-        references = await record(rig)
-        for seed in seeds:
-            if time.monotonic() > deadline:
-                break
-            report = await play(rig, schedule(seed), references)
-            num_played += 1
-            print(report, flush=True)
-            if report.faults:
-                bad.append(seed)
-        await rig.wait_ready(*WORKERS)
-        if left := await rig.what_is_left():
-            print(f"left: {left}")
-            bad.append(-1)
-        if bad:
-            print(rig.logs())
-    print(f"{num_played} schedules, {len(bad)} against the promises" + (f": {bad}" if bad else ""))
+async def _cancel(rig: Rig, count: int, seed: int) -> int:
+    report = await cancel_many(rig, count, seed)
+    print(report)
+    return 1 if report.faults else 0
+
+
+async def _play_all(rig: Rig, seeds: Iterable[int], deadline: float) -> int:
+    played, bad = Counter[int](), []
+    references = await record(rig)
+    for seed in seeds:
+        if time.monotonic() > deadline:
+            break
+        report = await play(rig, schedule(seed), references, run=f"-{played[seed]}")
+        played[seed] += 1
+        print(report, flush=True)
+        if report.faults:
+            bad.append(seed)
+    await rig.wait_ready(*WORKERS)
+    if left := await rig.what_is_left():
+        print(f"left: {left}")
+        bad.append(-1)
+    if bad:
+        print(rig.logs())
+    met = rig.met()
+    print("failpoints that were met: " + ", ".join(f"{point} {met[point]} times" for point in POINTS))
+    print(f"{played.total()} schedules, {len(bad)} against the promises" + (f": {bad}" if bad else ""))
     return 1 if bad else 0
 
 

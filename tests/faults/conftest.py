@@ -6,9 +6,8 @@ from dataclasses import dataclass
 import pytest
 import pytest_asyncio
 
-from tests.checkpoints import make_checkpoint
 from tests.faults.play import References, record
-from tests.faults.rig import SETTINGS, Rig, start_rig
+from tests.faults.rig import SETTINGS, Rig, make_model, start_rig
 
 
 @dataclass(frozen=True)
@@ -20,6 +19,5 @@ class Stage:
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def stage(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stage]:
     folder = tmp_path_factory.mktemp("faults")
-    model = make_checkpoint(folder / "model", "llama", num_hidden_layers=1)
-    async with start_rig(folder, model, **SETTINGS) as rig:
+    async with start_rig(folder, make_model(folder), **SETTINGS) as rig:
         yield Stage(rig, await record(rig))

@@ -1,21 +1,25 @@
 """Plays a schedule on a rig and tells what went against the promises."""
 
 import asyncio
-import signal
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kvrelay.client import Completion
-from kvrelay.errors import KvrelayError
-from tests.faults.history import Outcome, allowed_errors, faults_of
-from tests.faults.proxy import Link
-from tests.faults.rig import WORKERS, Rig
-from tests.faults.schedules import CATALOG, Kind, Schedule
+from kvrelay.errors import KvrelayError, Unavailable
+from tests.faults.catalog import CATALOG
+from tests.faults.faults import Fault, Kind
+from tests.faults.history import Outcome, excuses, faults_of, too_many_defects
+from tests.faults.rig import DECODE, PREFILL, WORKERS, Rig
+from tests.faults.schedules import Schedule
+from tests.faults.strikes import Strike
 
 __all__ = ["Report", "play", "record"]
 
 REQUEST_SECONDS = 40.0  # a guard: what takes so long hangs
+AGAIN_SECONDS = 30.0  # the same, for a gateway or Redis to be back
+RETRY_SECONDS = 0.1
 WHOLE_SECONDS = 20.0
 NUM_RECORDED_AT_ONCE = 4
 
@@ -27,20 +31,25 @@ class Report:
     """What came of a schedule.
 
     Attributes:
-        struck: whether the fault met anybody.
+        met: whether each fault met anybody.
         num_errors: requests that ended with an error that is allowed.
         faults: what went against the promises.
     """
 
     schedule: Schedule
-    struck: bool
+    met: tuple[bool, ...]
     num_errors: int
     seconds: float
     faults: tuple[str, ...]
 
+    @property
+    def struck(self) -> bool:
+        """Whether any fault met anybody."""
+        return any(self.met)
+
     def __str__(self) -> str:
-        struck = "" if self.struck else " (met nobody)"
-        lines = [f"{self.schedule}{struck}: {self.num_errors} errors, {self.seconds:.1f} s", *self.faults]
+        met = "" if all(self.met) else " (one met nobody)" if self.struck else " (met nobody)"
+        lines = [f"{self.schedule}{met}: {self.num_errors} errors, {self.seconds:.1f} s", *self.faults]
         return "\n    ".join(lines)
 
 
@@ -62,141 +71,183 @@ async def play(rig: Rig, schedule: Schedule, references: References, *, run: str
     Args:
         run: tells apart the times that one rig plays one seed.
     """
+    rig.gateway = schedule.gateway
     await _prepare(rig, schedule)
     started = time.monotonic()
     player = _Player(rig, schedule, run)
-    outcomes = await player.play()
+    await player.play()
     faults = []
-    for index, outcome in enumerate(outcomes):
-        allowed = allowed_errors(schedule.fault, index == schedule.fault.request)
-        faults += faults_of(outcome, references[schedule.asks[index]], allowed)
-    faults += await _left(rig, outcomes)
-    num_errors = sum(outcome.error is not None for outcome in outcomes)
-    return Report(schedule, player.has_struck(), num_errors, time.monotonic() - started, tuple(faults))
+    for outcome in player.outcomes:
+        faults += faults_of(outcome, references[outcome.ask], excuses(player.met, outcome.index))
+    faults += too_many_defects(player.outcomes, player.met)
+    for outcome in player.asked_again:
+        faults += faults_of(outcome, references[outcome.ask], ())
+    faults += await _drained(player)
+    faults += await _left(rig, player)
+    num_errors = sum(outcome.error is not None for outcome in player.outcomes)
+    return Report(schedule, player.struck(), num_errors, time.monotonic() - started, tuple(faults))
 
 
 async def _prepare(rig: Rig, schedule: Schedule) -> None:
-    """The target is there; and if it will be lost, somebody else of its kind."""
-    fault = schedule.fault
-    role = fault.target.partition("-")[0]
-    if fault.takes_a_worker:
-        await rig.wait_ready(*(name for name in WORKERS if name.startswith(role)))
-    elif fault.target in WORKERS:
-        await rig.wait_ready(fault.target)
-    for kind in ("prefill", "decode"):
-        names = [name for name in WORKERS if name.startswith(kind)]
+    """The targets are there; and if one will be lost, somebody else of its kind."""
+    wanted = {fault.target for fault in schedule.faults if fault.target in WORKERS}
+    for fault in schedule.faults:
+        if fault.takes_a_worker:
+            wanted |= set(PREFILL if fault.target in PREFILL else DECODE)
+    await rig.wait_ready(*sorted(wanted))
+    for kind in (PREFILL, DECODE):
 
-        async def any_is_ready(names: list[str] = names) -> bool:
+        async def any_is_ready(names: Sequence[str] = kind) -> bool:
             return any([await rig.are_ready(name) for name in names])
 
-        await rig.eventually(any_is_ready, 120.0, f"a {kind} worker ready")
+        await rig.eventually(any_is_ready, 120.0, f"one of {', '.join(kind)} ready")
 
 
-async def _left(rig: Rig, outcomes: Sequence[Outcome]) -> list[str]:
-    """Blocks, leases, requests in the queue, and spans without an end."""
+async def _drained(player: "_Player") -> list[str]:
+    """Who was asked to drain, and not killed meanwhile, has ended well."""
+    killed = {fault.target for fault in player.met if fault.action == "kill"}
+    problems = []
+    for strike in player.strikes:
+        target = strike.fault.target
+        if strike.fault.kind is Kind.DRAIN and strike.met_somebody and target not in killed:
+            code = await strike.exit_code()
+            problems += [f"{target} drained and ended with exit code {code}"] if code else []
+    return problems
+
+
+async def _left(rig: Rig, player: "_Player") -> list[str]:
+    """Blocks, leases, requests in the queue, spans without an end, and processes that ended of their own accord."""
     deadline = time.monotonic() + WHOLE_SECONDS
-    while left := _open_spans(rig, outcomes) or await rig.what_is_left():
+    while left := _open_spans(rig, player) or await rig.what_is_left():
         if time.monotonic() > deadline:
             return [f"left: {left}"]
         await asyncio.sleep(0.05)
-    return []
+    return [f"{name} ended with exit code {code}" for name, code in rig.unexplained_ends()]
 
 
-def _open_spans(rig: Rig, outcomes: Sequence[Outcome]) -> str:
-    """Each request that was heard has one span; who left or failed early may not have been heard."""
-    ended = {outcome.request_id: rig.spans.num_ended[outcome.request_id] for outcome in outcomes}
-    heard = {outcome.request_id for outcome in outcomes if outcome.chunks}
-    wrong = {request_id: count for request_id, count in ended.items() if not (request_id in heard) <= count <= 1}
+def _open_spans(rig: Rig, player: "_Player") -> str:
+    """Each try that was heard has one span, if its gateway lived to tell; who failed early may not have been heard."""
+    gateway_died = any(fault.takes_the_gateway and fault.kind is Kind.KILL for fault in player.met)
+    tries, heard = Counter[str](), Counter[str]()
+    for outcome in (*player.outcomes, *player.asked_again):
+        tries[outcome.request_id] += outcome.num_tries
+        heard[outcome.request_id] += bool(outcome.chunks) and not gateway_died
+    ended = rig.spans.num_ended
+    wrong = {name: ended[name] for name in tries if not heard[name] <= ended[name] <= tries[name]}
     return f"spans that ended: {wrong}" if wrong else ""
 
 
 class _Player:
+    """Asks the requests of one schedule and lets its faults strike.
+
+    Attributes:
+        outcomes: of the requests.
+        asked_again: of those that were refused or lost with their gateway, in another try, and of one new request.
+    """
+
     def __init__(self, rig: Rig, schedule: Schedule, run: str) -> None:
         self._rig = rig
         self._schedule = schedule
         self._name = f"seed-{schedule.seed}{run}"
-        self._outcomes = [Outcome(f"{self._name}-{index}") for index in range(len(schedule.asks))]
+        self.outcomes = [Outcome(f"{self._name}-{index}", ask, index) for index, ask in enumerate(schedule.asks)]
+        self.asked_again: list[Outcome] = []
+        self._late = asyncio.Event()
+        self.strikes = [Strike(rig, fault, self._late.set) for fault in schedule.faults if not fault.is_of_a_client]
+        self._struck_clients: set[Fault] = set()
         self._num_tokens = 0
         self._progress = asyncio.Condition()
-        self._link: Link | None = None
-        self._struck = False
-        self._num_fired = self._count_fired()
 
-    def has_struck(self) -> bool:
-        if self._schedule.fault.kind is Kind.FAILPOINT:
-            return self._count_fired() > self._num_fired
-        if self._schedule.fault.kind in (Kind.FLIP, Kind.DELAY, Kind.STALL) and self._link is not None:
-            return self._link.num_struck > self._num_fired
-        return self._struck
+    @property
+    def met(self) -> list[Fault]:
+        """The faults that met somebody."""
+        return [fault for fault, struck in zip(self._schedule.faults, self.struck(), strict=True) if struck]
 
-    def _count_fired(self) -> int:
-        fault = self._schedule.fault
-        if fault.kind is Kind.FAILPOINT:
-            return self._rig.processes[fault.target].num_fired()
-        return self._rig.link(fault.client, fault.target).num_struck if fault.client else 0
+    def struck(self) -> tuple[bool, ...]:
+        """Of each fault, whether it met somebody."""
+        met = self._struck_clients | {strike.fault for strike in self.strikes if strike.met_somebody}
+        return tuple(fault in met for fault in self._schedule.faults)
 
-    async def play(self) -> list[Outcome]:
-        fault = self._schedule.fault
-        self._rig.freeze_seconds = fault.seconds
-        if fault.failpoint is not None:
-            self._rig.processes[fault.target].arm(str(fault.failpoint))
-        striker = asyncio.create_task(self._strike_in_time())
+    async def play(self) -> None:
+        num_early = len(self.outcomes) - self._schedule.num_late
+        for strike in self.strikes:
+            strike.arm()
+        striking = [strike for strike in self.strikes if strike.fault.failpoint is None]
+        strikers = [asyncio.create_task(self._strike_in_time(strike)) for strike in striking]
+        late = asyncio.gather(*(self._ask_late(outcome) for outcome in self.outcomes[num_early:]))
         try:
-            await asyncio.gather(*(self._ask(index) for index in range(len(self._outcomes))))
+            await asyncio.gather(*(self._ask(outcome) for outcome in self.outcomes[:num_early]))
+            self._late.set()  # whether or not a fault has struck
+            await late
         finally:
-            striker.cancel()
-            await asyncio.gather(striker, return_exceptions=True)
+            late.cancel()
+            for striker in strikers:
+                striker.cancel()
+            ends = await asyncio.gather(late, *strikers, return_exceptions=True)
             self._rig.heal()
-        return self._outcomes
+        for defect in (end for end in ends if isinstance(end, Exception)):
+            raise defect
+        if any(fault.takes_redis or fault.takes_the_gateway or fault.kind is Kind.WIPE for fault in self.met):
+            await self._ask_again()
 
-    async def _ask(self, index: int) -> None:
-        fault, outcome = self._schedule.fault, self._outcomes[index]
-        is_target = index == fault.request
-        timeout = fault.seconds if is_target and fault.kind is Kind.DEADLINE else REQUEST_SECONDS
+    async def _ask_late(self, outcome: Outcome) -> None:
+        await self._late.wait()
+        await self._ask(outcome)
+
+    async def _ask_again(self) -> None:
+        """Under their ids, those that ended with an error; and a new one, for which everything has to work again."""
+        failed = [outcome for outcome in self.outcomes if isinstance(outcome.error, Unavailable)]
+        again = [Outcome(outcome.request_id, outcome.ask) for outcome in failed]
+        self.asked_again = [*again, Outcome(f"{self._name}-new", self._schedule.asks[0])]
+        await asyncio.gather(*(self._ask_until_it_works(outcome) for outcome in self.asked_again))
+
+    async def _ask_until_it_works(self, outcome: Outcome) -> None:
+        deadline = time.monotonic() + AGAIN_SECONDS
+        await self._ask(outcome)
+        while isinstance(outcome.error, Unavailable) and not outcome.chunks and time.monotonic() < deadline:
+            await asyncio.sleep(RETRY_SECONDS)
+            outcome.error = None
+            await self._ask(outcome)
+
+    async def _ask(self, outcome: Outcome) -> None:
+        of_mine = [fault for fault in self._schedule.faults if fault.request == outcome.index]
+        timeout = next((fault.seconds for fault in of_mine if fault.kind is Kind.DEADLINE), REQUEST_SECONDS)
         # A salt of its own, so that nothing is cached and all blocks travel.
-        options = {**CATALOG[self._schedule.asks[index]], "cache_salt": self._name}
+        options = {**CATALOG[outcome.ask], "cache_salt": self._name}
+        outcome.num_tries += 1
         stream = self._rig.client.generate(timeout=timeout, request_id=outcome.request_id, **options)  # type: ignore[arg-type]
         try:
             async for chunk in stream:
                 outcome.chunks.append(chunk)
-                async with self._progress:
-                    self._num_tokens += len(chunk.token_ids)
-                    self._progress.notify_all()
-                if is_target and fault.kind is Kind.CANCEL and len(outcome.token_ids) >= fault.after_tokens:
-                    outcome.has_left = self._struck = True
+                await self._note_progress(len(chunk.token_ids))
+                for fault in of_mine:
+                    await self._do_as_client(fault, outcome)
+                if outcome.has_left:
                     break
         except KvrelayError as error:
             outcome.error = error
-            self._struck |= is_target
+            self._struck_clients.update(fault for fault in of_mine if fault.kind is Kind.DEADLINE)
         finally:
             await stream.close()
 
-    async def _strike_in_time(self) -> None:
-        fault = self._schedule.fault
-        async with self._progress:
-            await self._progress.wait_for(lambda: self._num_tokens >= fault.after_tokens)
-        if fault.kind in (Kind.KILL, Kind.FREEZE):
-            number = signal.SIGKILL if fault.kind is Kind.KILL else signal.SIGSTOP
-            self._rig.processes[fault.target].signal(number)
-            self._struck = True
-        elif fault.client:
-            self._link = self._rig.link(fault.client, fault.target)
-            await self._strike_link(self._link)
-
-    async def _strike_link(self, link: Link) -> None:
-        fault = self._schedule.fault
+    async def _do_as_client(self, fault: Fault, outcome: Outcome) -> None:
+        if fault in self._struck_clients or len(outcome.token_ids) < fault.after_tokens:
+            return
         match fault.kind:
-            case Kind.CUT | Kind.REFUSE:
-                link.refuses = fault.kind is Kind.REFUSE
-                self._struck = True
-                link.cut()
-            case Kind.DELAY:
-                link.delay = fault.seconds
-                return  # to the end
-            case Kind.STALL:
-                link.stalled = fault.stalled
-            case Kind.FLIP:
-                link.num_flips = 1
+            case Kind.CANCEL:
+                outcome.has_left = True
+            case Kind.ABORT:
+                outcome.aborted = True
+                await self._rig.client.abort(outcome.request_id)
+            case _:
                 return
-        await asyncio.sleep(fault.seconds)
-        link.heal()
+        self._struck_clients.add(fault)
+
+    async def _note_progress(self, num_tokens: int) -> None:
+        async with self._progress:
+            self._num_tokens += num_tokens
+            self._progress.notify_all()
+
+    async def _strike_in_time(self, strike: Strike) -> None:
+        async with self._progress:
+            await self._progress.wait_for(lambda: self._num_tokens >= strike.fault.after_tokens)
+        await strike.at_last()

@@ -1,39 +1,56 @@
 """A cluster of real processes in which everything can go wrong.
 
-Every link runs through a proxy, every worker has a file of failpoints; who dies is started again while others go on.
+Every link runs through a proxy, every kvrelay process has a file of failpoints; who dies is started again while others
+go on. Three gateways share the workers, so that each schedule can have prompts computed where it wants.
 """
 
 import asyncio
 import contextlib
 import signal
-import subprocess
-import sys
+import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from kvrelay.client import AsyncClient
-from kvrelay.control.private_redis import PrivateRedis
 from kvrelay.errors import KvrelayError
-from kvrelay.failpoints import VARIABLE
-from kvrelay.request import ClusterStatus, WorkerState
-from tests.e2e.cluster import free_port
-from tests.e2e.processes import clean_environment
+from kvrelay.request import ClusterStatus, WorkerState, WorkerStatus
+from tests.checkpoints import make_checkpoint
+from tests.faults.process import Member, Process, RedisServer
 from tests.faults.proxy import Link, Proxy
 from tests.faults.spans import SpanCollector
 
-__all__ = ["GATEWAY", "SETTINGS", "WORKERS", "Process", "Rig", "start_rig"]
+__all__ = [
+    "ALWAYS",
+    "DECODE",
+    "GATEWAYS",
+    "PREFILL",
+    "REDIS",
+    "SETTINGS",
+    "WORKERS",
+    "Rig",
+    "make_model",
+    "start_rig",
+]
 
-GATEWAY = "gateway"
-WORKERS = ("prefill-0", "prefill-1", "decode-0", "decode-1")
+# By what they do with prompts.
+GATEWAYS = ("gateway-always", "gateway-auto", "gateway-never")
+ALWAYS = GATEWAYS[0]
+PREFILL, DECODE = ("prefill-0", "prefill-1"), ("decode-0", "decode-1")
+WORKERS = PREFILL + DECODE
+REDIS = "redis"
 START_SECONDS = 120.0
-# A function to run in the child would need a fork, which may hang where gRPC has threads.
-DIE_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL")
-WHOLE_SECONDS = 20.0
 POLL_SECONDS = 0.1
+# Killed, asked to end, or not begun because Redis was away.
+EXPLAINED_CODES = (-signal.SIGKILL, 0, 2)
+# Few enough that a wide prompt's blocks are taken late, and that sequences are evicted now and then.
+NUM_DECODE_BLOCKS = 256
+MAX_CONTEXT = 4 * NUM_DECODE_BLOCKS
 # Many small blocks, chunks and steps, so that a fault has many moments to strike; leases end soon after a lost Release.
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "block_size": 4,
     "num_blocks": 512,
     "max_batched_tokens": 16,
@@ -41,76 +58,11 @@ SETTINGS = {
     "lease_seconds": 2.0,
     "drain_seconds": 5.0,
 }
-
-
-@dataclass(eq=False)
-class Process:
-    """One process of the cluster, under all of its process ids."""
-
-    name: str
-    arguments: list[str]
-    folder: Path
-    environment: dict[str, str] = field(default_factory=dict)
-    popen: "subprocess.Popen[bytes] | None" = None
-    num_starts: int = 0
-    frozen_since: float | None = None
-
-    @property
-    def failpoints(self) -> Path:
-        return self.folder / f"{self.name}.failpoints"
-
-    @property
-    def log(self) -> Path:
-        return self.folder / f"{self.name}.log"
-
-    @property
-    def pid(self) -> int:
-        return 0 if self.popen is None else self.popen.pid
-
-    @property
-    def alive(self) -> bool:
-        return self.popen is not None and self.popen.poll() is None
-
-    @property
-    def frozen(self) -> bool:
-        with contextlib.suppress(OSError):
-            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
-        return False
-
-    def start(self, place: Callable[..., list[str]] = lambda *command: list(command)) -> None:
-        """Starts it; `place` makes the command that runs a command where it belongs."""
-        self.arm("")  # else the next start would meet what ended this one
-        self.num_starts += 1
-        environment = clean_environment(
-            **{VARIABLE: f"@{self.failpoints}", "GRPC_VERBOSITY": "NONE"}, **self.environment
-        )
-        with self.log.open("ab") as log:
-            self.popen = subprocess.Popen(
-                [*DIE_WITH_PARENT, *place(sys.executable, "-m", "kvrelay", *self.arguments)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=environment,
-            )
-
-    def arm(self, text: str) -> None:
-        """Puts failpoints in force, in a running process too."""
-        new = self.failpoints.with_suffix(".new")
-        new.write_text(text)
-        new.replace(self.failpoints)
-
-    def num_fired(self) -> int:
-        """Failpoints that have been met since the first start."""
-        return self.log.read_bytes().count(b"failpoint ") if self.log.exists() else 0
-
-    def end(self) -> None:
-        if self.popen is not None:
-            self.popen.kill()
-            self.popen.wait()
-
-    def signal(self, number: int) -> None:
-        if self.popen is not None and self.alive:
-            self.popen.send_signal(number)
+# How blocks reach each decode worker. Bytes may flip on the way to the first, which looks at each block.
+TRANSFER = {
+    "decode-0": {"transport": "grpc", "checksum": "full"},
+    "decode-1": {"transport": "auto", "checksum": "sampled"},
+}
 
 
 @dataclass(eq=False)
@@ -118,25 +70,38 @@ class Rig:
     """The cluster and what can be done to it. Belongs to one event loop.
 
     Attributes:
-        freeze_seconds: after which a process that was stopped goes on.
+        gateway: through which everything is asked.
     """
 
     folder: Path
-    redis: PrivateRedis
-    client: AsyncClient
+    redis: RedisServer
     spans: SpanCollector
+    clients: dict[str, AsyncClient] = field(default_factory=dict)
     processes: dict[str, Process] = field(default_factory=dict)
     worker_proxies: dict[str, Proxy] = field(default_factory=dict)
     redis_proxies: dict[str, Proxy] = field(default_factory=dict)
-    freeze_seconds: float = 0.5
+    gateway: str = ALWAYS
+    _num_seen_ends: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def client(self) -> AsyncClient:
+        return self.clients[self.gateway]
+
+    def member(self, name: str) -> Member:
+        """A process by its name, "redis" among them."""
+        return self.redis if name == REDIS else self.processes[name]
 
     def pids(self) -> dict[str, int]:
         return {name: process.pid for name, process in self.processes.items() if process.alive}
 
     def link(self, client: str, server: str) -> Link:
         """From a process to a worker, or to "redis"."""
-        proxy = self.redis_proxies[client] if server == "redis" else self.worker_proxies[server]
+        proxy = self.redis_proxies[client] if server == REDIS else self.worker_proxies[server]
         return proxy.link(client)
+
+    def met(self) -> Counter[str]:
+        """Failpoints that have been met since the start, and how often."""
+        return sum((process.met() for process in self.processes.values()), Counter[str]())
 
     def heal(self) -> None:
         """No fault is left but those that have struck."""
@@ -152,6 +117,10 @@ class Rig:
         except KvrelayError:
             return None
 
+    async def workers(self) -> dict[str, WorkerStatus]:
+        """Raises: KvrelayError if the gateway does not answer."""
+        return {worker.id: worker for worker in (await self.client.status()).workers}
+
     async def are_ready(self, *names: str) -> bool:
         """Whether these workers, in their last start, can be used."""
         status = await self.status()
@@ -163,27 +132,41 @@ class Rig:
     async def wait_ready(self, *names: str) -> None:
         await self.eventually(lambda: self.are_ready(*names), START_SECONDS, f"{', '.join(names)} ready")
 
-    async def wait_whole(self) -> None:
-        async def is_whole() -> bool:
-            return not await self.what_is_left()
-
-        await self.eventually(is_whole, WHOLE_SECONDS, "all pools whole")
-
     async def what_is_left(self) -> str:
         """What idle workers still hold, and what still queues; empty if nothing. Workers that start are passed over."""
         status = await self.status()
         if status is None:
-            return "the gateway does not answer"
+            return f"{self.gateway} does not answer"
         left = [
             f"{worker.id}: {worker.running} running, {worker.waiting} waiting, {worker.blocks_held} blocks held"
             for worker in status.workers
             if worker.state is WorkerState.READY
             and (worker.running, worker.waiting, worker.blocks_total - worker.blocks_free) != (0, 0, 0)
         ]
-        left += [f"held: {entry}" for entry in await self.client.held_blocks()]
+        try:
+            left += [f"held: {entry}" for entry in await self.client.held_blocks()]
+        except KvrelayError:
+            return f"{self.gateway} does not answer"
         if (status.queue.running, status.queue.waiting) != (0, 0):
             left.append(f"queue: {status.queue}")
         return "; ".join(left)
+
+    async def wait_whole(self, seconds: float) -> str:
+        """Until nothing is left, but no longer than that; what is."""
+        deadline = time.monotonic() + seconds
+        while left := await self.what_is_left():
+            if time.monotonic() > deadline:
+                break
+            await asyncio.sleep(POLL_SECONDS)
+        return left
+
+    def unexplained_ends(self) -> list[tuple[str, int]]:
+        """Who neither was killed, nor asked to end, nor could not begin, since this was last asked; with exit codes."""
+        found = []
+        for name, process in self.processes.items():
+            first, self._num_seen_ends[name] = self._num_seen_ends[name], len(process.exit_codes)
+            found += [(name, code) for code in process.exit_codes[first:] if code not in EXPLAINED_CODES]
+        return found
 
     async def eventually(self, condition: Callable[[], Awaitable[object]], seconds: float, what: str) -> None:
         """Raises: AssertionError if the condition does not hold in time."""
@@ -201,70 +184,82 @@ class Rig:
         return "\n".join(tails)
 
     async def look_after(self) -> None:
-        """Starts again who has died, and thaws who has been frozen for long enough; for ever."""
+        """Starts again who has ended, and thaws who has been frozen for long enough; for ever."""
         while True:
-            now = time.monotonic()
-            for process in self.processes.values():
-                if not process.alive:
-                    process.start()
-                elif not process.frozen:
-                    process.frozen_since = None
-                elif process.frozen_since is None:
-                    process.frozen_since = now
-                elif now - process.frozen_since > self.freeze_seconds:
-                    process.signal(signal.SIGCONT)
+            for member in (self.redis, *self.processes.values()):
+                member.look_after()
             await asyncio.sleep(POLL_SECONDS)
 
 
+def make_model(folder: Path) -> Path:
+    """A checkpoint that takes the longest of requests, and as little time as possible."""
+    return make_checkpoint(folder / "model", "llama", num_hidden_layers=1, max_position_embeddings=MAX_CONTEXT)
+
+
 @contextlib.asynccontextmanager
-async def start_rig(folder: Path, model: Path, **settings: object) -> AsyncIterator[Rig]:
-    """Two workers of each kind and a gateway; ends all of it, whatever happens.
+async def start_rig(
+    folder: Path, model: Path, num_decode_blocks: int = NUM_DECODE_BLOCKS, **settings: object
+) -> AsyncIterator[Rig]:
+    """Two workers of each kind and three gateways; ends all of it, whatever happens.
 
     Args:
-        settings: of the workers, by their names in `kvrelay.config`. Blocks reach decode-0 by gRPC always.
+        num_decode_blocks: of each decode worker, in place of what the settings say.
+        settings: of the workers, by their names in `kvrelay.config`.
     """
-    redis = PrivateRedis(folder / "redis")
-    redis.start()
-    port = free_port()
     async with contextlib.AsyncExitStack() as cleanup:
-        cleanup.callback(redis.stop)
-        client = await cleanup.enter_async_context(AsyncClient(f"127.0.0.1:{port}", timeout=30.0))
-        spans = SpanCollector()
-        await spans.start()
-        cleanup.push_async_callback(spans.stop)
-        rig = Rig(folder, redis, client, spans)
-        for name in (GATEWAY, *WORKERS):
-            rig.redis_proxies[name] = Proxy(folder / "redis" / "redis.sock", rig.pids)
-        ports = {name: free_port() for name in WORKERS}
-        for name in WORKERS:
-            rig.worker_proxies[name] = Proxy(ports[name], rig.pids)
+        rig = Rig(folder, RedisServer(folder / "redis"), SpanCollector())
+        cleanup.callback(rig.redis.end)
+        rig.redis.start()
+        await rig.spans.start()
+        cleanup.push_async_callback(rig.spans.stop)
+        ports = _free_ports((*GATEWAYS, *WORKERS))
+        for name in GATEWAYS:
+            client = AsyncClient(f"127.0.0.1:{ports[name]}", timeout=30.0)
+            rig.clients[name] = await cleanup.enter_async_context(client)
+        rig.redis_proxies = {name: Proxy(rig.redis.socket, rig.pids) for name in (*GATEWAYS, *WORKERS)}
+        rig.worker_proxies = {name: Proxy(ports[name], rig.pids) for name in WORKERS}
         for proxy in (*rig.redis_proxies.values(), *rig.worker_proxies.values()):
             await proxy.start()
             cleanup.push_async_callback(proxy.stop)
-        shared = {"model": model, "run_dir": folder, **settings}
-        gateway = {"port": port, "worker_id": GATEWAY, "redis": _url(rig, GATEWAY), "model": model, "run_dir": folder}
-        gateway |= {"disaggregation": "always"}  # every request is to have a handover that can fail
-        rig.processes[GATEWAY] = Process(GATEWAY, [GATEWAY, *_flags(gateway)], folder, spans.environment)
-        for name in WORKERS:
-            own = {
-                "worker_id": name,
-                "worker_port": ports[name],
-                "advertise_port": rig.worker_proxies[name].port,
-                "redis": _url(rig, name),
-                "transport": "grpc" if name == "decode-0" else "auto",
-            }
-            rig.processes[name] = Process(name, [name.partition("-")[0], *_flags(shared | own)], folder)
-        for process in rig.processes.values():
+        for process in _processes(rig, ports, {"model": model, "run_dir": folder}, settings, num_decode_blocks):
+            rig.processes[process.name] = process
             process.start()
             cleanup.callback(process.end)
-        await rig.wait_ready(*WORKERS)
+        for rig.gateway in reversed(GATEWAYS):
+            await rig.wait_ready(*WORKERS)
         keeper = asyncio.create_task(rig.look_after())
         cleanup.callback(keeper.cancel)
         yield rig
 
 
-def _url(rig: Rig, name: str) -> str:
-    return f"redis://127.0.0.1:{rig.redis_proxies[name].port}"
+def _free_ports(names: Sequence[str]) -> dict[str, int]:
+    """A port for each that was free a moment ago; taken together, so that no two are the same."""
+    with contextlib.ExitStack() as open_for_now:
+        probes = [open_for_now.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in names]
+        return {name: probe.getsockname()[1] for name, probe in zip(names, probes, strict=True)}
+
+
+def _processes(
+    rig: Rig, ports: dict[str, int], shared: dict[str, object], settings: dict[str, object], num_decode_blocks: int
+) -> Iterator[Process]:
+    def process(name: str, own: dict[str, object], environment: dict[str, str]) -> Process:
+        redis = f"redis://127.0.0.1:{rig.redis_proxies[name].port}"
+        flags = _flags({**shared, "redis": redis, "worker_id": name, **own})
+        return Process(name, [name.partition("-")[0], *flags], rig.folder, environment)
+
+    for name in GATEWAYS:
+        own = {
+            "port": ports[name],
+            "disaggregation": name.partition("-")[2],
+            "block_size": settings["block_size"],
+            "max_batched_tokens": settings["max_batched_tokens"],
+        }
+        yield process(name, own, rig.spans.environment)
+    for name in WORKERS:
+        own = {**settings, "worker_port": ports[name], "advertise_port": rig.worker_proxies[name].port}
+        if name in DECODE:
+            own |= {"num_blocks": num_decode_blocks, **TRANSFER[name]}
+        yield process(name, own, {})
 
 
 def _flags(settings: dict[str, object]) -> list[str]:

@@ -5,12 +5,18 @@ A schedule that fails is played again by `scripts/faults --seed N`.
 
 import pytest
 
+from kvrelay.failpoints import POINTS
 from tests.faults.conftest import Stage
 from tests.faults.play import play
 from tests.faults.rig import WORKERS
 from tests.faults.schedules import schedule
 
 NUM_SEEDS, BATCH = 200, 20
+
+
+def seeds_of(point: str) -> list[int]:
+    faults = {seed: schedule(seed).faults[0].failpoint for seed in range(NUM_SEEDS)}
+    return [seed for seed, failpoint in faults.items() if failpoint is not None and failpoint.point == point]
 
 
 @pytest.mark.asyncio(loop_scope="session")
@@ -26,3 +32,14 @@ async def test_schedules(stage: Stage, first: int) -> None:
     assert sum(report.struck for report in reports) > BATCH // 2
     await stage.rig.wait_ready(*WORKERS)
     assert not await stage.rig.what_is_left()
+
+
+@pytest.mark.asyncio(loop_scope="session")
+@pytest.mark.parametrize("point", POINTS)
+async def test_each_failpoint_is_met(stage: Stage, point: str) -> None:
+    """By the schedules above; where this test runs alone, by as many of them as it takes."""
+    for seed in seeds_of(point):
+        if stage.rig.met()[point]:
+            break
+        await play(stage.rig, schedule(seed), stage.references, run="-again")
+    assert stage.rig.met()[point]

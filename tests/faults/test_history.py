@@ -1,16 +1,15 @@
 """The history checker finds what no client should have seen. One that found nothing would let everything pass."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 
 from kvrelay.client import Completion
-from kvrelay.errors import DeadlineExceeded, Internal, Unavailable
+from kvrelay.errors import DeadlineExceeded, Internal, KvrelayError, Unavailable
 from kvrelay.failpoints import Failpoint
 from kvrelay.request import Chunk, FinishReason, Timings, TokenLogprobs, Usage
-from tests.faults.history import Outcome, allowed_errors, faults_of
-from tests.faults.schedules import Fault, Kind
+from tests.faults.faults import Fault, Kind
+from tests.faults.history import Excuse, Outcome, excuses, faults_of, too_many_defects
 
 LOGPROBS = tuple(TokenLogprobs(token, -0.5, ((token, -0.5), (9, -1.5))) for token in (5, 6, 7))
 EXPECTED = Completion("r", "abc", (5, 6, 7), LOGPROBS, FinishReason.LENGTH, Usage(4, 0, 3), Timings())
@@ -19,7 +18,7 @@ EXPECTED = Completion("r", "abc", (5, 6, 7), LOGPROBS, FinishReason.LENGTH, Usag
 def right() -> Outcome:
     chunks = [Chunk("r", seq + 1, "abc"[seq], (5 + seq,), (LOGPROBS[seq],)) for seq in range(3)]
     chunks[2] = replace(chunks[2], finish_reason=FinishReason.LENGTH, usage=EXPECTED.usage, timings=Timings())
-    return Outcome("r", chunks)
+    return Outcome("r", chunks=chunks)
 
 
 def with_last(**changes: object) -> Outcome:
@@ -46,23 +45,46 @@ def dropped_and_counted_on() -> Outcome:
     return outcome
 
 
-def ended_with(error: Exception | None, num_chunks: int) -> Outcome:
-    return Outcome("r", right().chunks[:num_chunks], error)  # type: ignore[arg-type]
+def ended_with(error: KvrelayError | None, num_chunks: int) -> Outcome:
+    return Outcome("r", chunks=right().chunks[:num_chunks], error=error)
+
+
+def aborted(by_its_client: bool) -> Outcome:
+    """After two of three tokens."""
+    outcome = ended_with(None, 2)
+    outcome.chunks.append(Chunk("r", 3, finish_reason=FinishReason.ABORT, usage=Usage(4, 0, 2), timings=Timings()))
+    outcome.aborted = by_its_client
+    return outcome
 
 
 def test_what_came_without_faults_is_right() -> None:
-    assert faults_of(right(), EXPECTED, frozenset()) == []
+    assert faults_of(right(), EXPECTED, ()) == []
 
 
 @pytest.mark.parametrize("num_chunks", [0, 2])
 def test_an_error_that_is_allowed_ends_a_request(num_chunks: int) -> None:
-    assert faults_of(ended_with(Unavailable("gone"), num_chunks), EXPECTED, frozenset({"UNAVAILABLE"})) == []
+    assert (
+        faults_of(ended_with(Unavailable("gone"), num_chunks), EXPECTED, [Excuse("UNAVAILABLE", while_running=True)])
+        == []
+    )
 
 
 def test_who_leaves_sees_a_part() -> None:
     outcome = ended_with(None, 2)
     outcome.has_left = True
-    assert faults_of(outcome, EXPECTED, frozenset()) == []
+    assert faults_of(outcome, EXPECTED, ()) == []
+
+
+def test_who_aborts_sees_a_part_and_its_end() -> None:
+    assert faults_of(aborted(by_its_client=True), EXPECTED, ()) == []
+
+
+def test_who_aborts_may_see_half_a_character() -> None:
+    outcome = aborted(by_its_client=True)
+    outcome.chunks[-1] = replace(outcome.chunks[-1], text="\ufffd")
+    assert faults_of(outcome, EXPECTED, ()) == []
+    outcome.chunks[0] = replace(outcome.chunks[0], text="\ufffd")
+    assert faults_of(outcome, EXPECTED, ())
 
 
 @pytest.mark.parametrize(
@@ -81,7 +103,8 @@ def test_who_leaves_sees_a_part() -> None:
         (with_last(text="d"), "text 'abd' instead of 'abc'"),
         (with_last(text=""), "instead of"),
         (with_last(finish_reason=FinishReason.STOP), "instead of"),
-        (with_last(finish_reason=FinishReason.ABORT), "was aborted by nobody"),
+        (aborted(by_its_client=False), "was aborted by nobody"),
+        (with_last(text="\ufffd"), "instead of 'abc'"),
         (with_last(usage=Usage(4, 0, 2)), "instead of"),
         (with_last(logprobs=()), "2 log-probabilities for 3 tokens"),
         (with_last(logprobs=(replace(LOGPROBS[2], top=((7, -0.5), (8, -1.5))),)), "log-probabilities"),
@@ -89,26 +112,76 @@ def test_who_leaves_sees_a_part() -> None:
     ],
 )
 def test_what_is_wrong_is_found(outcome: Outcome, complaint: str) -> None:
-    found = faults_of(outcome, EXPECTED, frozenset({"UNAVAILABLE"}))
+    found = faults_of(outcome, EXPECTED, [Excuse("UNAVAILABLE", while_running=True)])
     assert any(complaint in each for each in found), found
 
 
-@pytest.mark.parametrize("kind", [Kind.KILL, Kind.FREEZE, Kind.CUT, Kind.REFUSE, Kind.STALL, Kind.FLIP, Kind.DELAY])
+LOSSES = [Kind.KILL, Kind.DRAIN, Kind.FREEZE, Kind.CUT, Kind.REFUSE, Kind.STALL, Kind.FLIP, Kind.DELAY]
+
+
+@pytest.mark.parametrize("kind", LOSSES)
 def test_the_loss_of_a_worker_allows_no_error(kind: Kind) -> None:
-    assert allowed_errors(Fault(kind, "decode-0"), is_target=False) == frozenset()
+    assert excuses([Fault(kind, "decode-0")], 0) == ()
 
 
 @pytest.mark.parametrize("action", ["kill", "stop", "delay", "flip"])
 def test_a_failpoint_allows_no_error(action: str) -> None:
     fault = Fault(Kind.FAILPOINT, "decode-0", failpoint=Failpoint("decode.frame", action))
-    assert allowed_errors(fault, is_target=False) == frozenset()
-
-
-def late(kind: Kind) -> Callable[[bool], frozenset[str]]:
-    return lambda is_target: allowed_errors(Fault(kind, request=1), is_target)
+    assert excuses([fault], 0) == ()
 
 
 def test_a_deadline_is_one_requests_own() -> None:
-    allowed = late(Kind.DEADLINE)
-    assert allowed(True) == {DeadlineExceeded.code}
-    assert allowed(False) == late(Kind.CANCEL)(True) == frozenset()
+    late = Fault(Kind.DEADLINE, request=1)
+    assert is_allowed(DeadlineExceeded("late"), late, num_chunks=2, index=1)
+    assert not is_allowed(DeadlineExceeded("late"), late, num_chunks=2, index=0)
+
+
+@pytest.mark.parametrize("kind", [Kind.CANCEL, Kind.ABORT])
+def test_who_leaves_is_told_of_no_error(kind: Kind) -> None:
+    assert excuses([Fault(kind, request=1)], 1) == ()
+
+
+def test_a_defect_is_one_requests_own() -> None:
+    raised = Fault(Kind.FAILPOINT, "decode-0", failpoint=Failpoint("decode.reserved", "raise", at=1))
+    defect = Internal("defect")
+    assert is_allowed(defect, raised, num_chunks=1)
+    failed = [ended_with(defect, 1), right(), ended_with(Unavailable("gone"), 0)]
+    assert too_many_defects(failed, [raised]) == []
+    assert too_many_defects([*failed, ended_with(defect, 0)], [raised])
+
+
+REFUSED = Unavailable("no Redis", reason="REDIS_UNAVAILABLE")
+
+
+@pytest.mark.parametrize("kind", [Kind.KILL, Kind.FREEZE, Kind.CUT, Kind.REFUSE, Kind.STALL])
+@pytest.mark.parametrize("client", ["", "gateway-auto"])
+def test_without_redis_only_those_are_refused_that_do_not_run(kind: Kind, client: str) -> None:
+    fault = Fault(kind, "redis", client)
+    assert is_allowed(REFUSED, fault, num_chunks=0)
+    assert not is_allowed(REFUSED, fault, num_chunks=1)
+    assert not is_allowed(Unavailable("a worker was lost", reason="WORKER_LOST"), fault, num_chunks=0)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault(Kind.WIPE, "redis"),
+        Fault(Kind.DELAY, "redis", "gateway-auto"),
+        Fault(Kind.CUT, "redis", "decode-0"),
+    ],
+)
+def test_nobody_notices_a_redis_that_is_there(fault: Fault) -> None:
+    assert not is_allowed(REFUSED, fault, num_chunks=0)
+
+
+def test_a_gateway_loses_what_it_runs_only_if_it_is_killed() -> None:
+    killed, drained = (Fault(kind, "gateway-auto") for kind in (Kind.KILL, Kind.DRAIN))
+    gone = Unavailable("gone")
+    assert is_allowed(gone, killed, num_chunks=2)
+    assert is_allowed(gone, drained, num_chunks=0)
+    assert not is_allowed(gone, drained, num_chunks=2)
+    assert not is_allowed(Internal("defect"), killed, num_chunks=2)
+
+
+def is_allowed(error: KvrelayError, fault: Fault, num_chunks: int, index: int = 0) -> bool:
+    return faults_of(ended_with(error, num_chunks), EXPECTED, excuses([fault], index)) == []

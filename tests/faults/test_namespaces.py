@@ -13,7 +13,7 @@ from kvrelay.control.private_redis import PrivateRedis
 from tests.checkpoints import make_checkpoint
 from tests.e2e.cluster import eventually
 from tests.faults.namespaces import Host, NoNamespaces, hosts
-from tests.faults.rig import Process
+from tests.faults.process import Process
 
 PORT = 50051
 PROMPT = "Once upon a time a prefill worker lost its decode worker."
@@ -67,7 +67,7 @@ class Cluster:
 
     def num_fired(self) -> int:
         """Failpoints that were met so far."""
-        return self.processes["prefill"].num_fired()
+        return self.processes["prefill"].met().total()
 
     def heal(self) -> None:
         """Everything passes again, and the workers have noticed."""

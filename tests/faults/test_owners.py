@@ -8,30 +8,32 @@ import pytest
 from kvrelay.client import GenerateOptions
 from kvrelay.request import HeldBlocks
 from tests.faults.conftest import Stage
-from tests.faults.rig import GATEWAY, WORKERS
+from tests.faults.rig import ALWAYS, DECODE, WORKERS
 
 WAIT_SECONDS = 1.5  # in which there is time to look; less than a lease
+WHOLE_SECONDS = 20.0
 
 
 def waits_for_a_pull(held: Sequence[HeldBlocks]) -> bool:
-    return [entry.owner for entry in held if entry.lease_seconds is not None] == [GATEWAY]
+    return [entry.owner for entry in held if entry.lease_seconds is not None] == [ALWAYS]
 
 
 def is_being_pulled(held: Sequence[HeldBlocks]) -> bool:
     """The lease is of the decode worker that has reserved blocks, and these are the gateway's."""
     pullers = [entry.owner for entry in held if entry.lease_seconds is not None]
     reserved = [(entry.worker_id, entry.owner) for entry in held if entry.worker_id.startswith("decode")]
-    return bool(pullers) and [(puller, GATEWAY) for puller in pullers] == reserved
+    return bool(pullers) and [(puller, ALWAYS) for puller in pullers] == reserved
 
 
 @pytest.mark.asyncio(loop_scope="session")
 @pytest.mark.parametrize("point", ["decode.received", "transfer.before_release"])
 async def test_a_lease_is_the_gateways_until_a_decode_worker_pulls(stage: Stage, point: str) -> None:
     rig, request_id = stage.rig, f"owned-{point}"
+    rig.gateway = ALWAYS
     expected = waits_for_a_pull if point == "decode.received" else is_being_pulled
     options: GenerateOptions = {"token_ids": list(range(3, 100)), "max_tokens": 4, "ignore_eos": True}
     await rig.wait_ready(*WORKERS)
-    for name in WORKERS[2:]:
+    for name in DECODE:
         rig.processes[name].arm(f"{point}=delay:{WAIT_SECONDS}")
     running = asyncio.create_task(rig.client.complete(**options, request_id=request_id, cache_salt=request_id))
 
@@ -44,4 +46,4 @@ async def test_a_lease_is_the_gateways_until_a_decode_worker_pulls(stage: Stage,
     finally:
         rig.heal()
         await running
-    await rig.wait_whole()
+    assert not await rig.wait_whole(WHOLE_SECONDS)

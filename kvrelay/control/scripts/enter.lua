@@ -1,9 +1,16 @@
 -- Admits a request, unless its id is known or the waiting room is full.
--- ARGV: gateway, id, digest, rank, most running, most waiting.
+-- ARGV: gateway, id, digest, rank, most running, most waiting, start.
 -- Replies {quarantined keys, verdict, ...}: "unknown_gateway", "conflict", "running", "waiting",
 -- "existing", state, gateway, outcome; or "full", now, times of the last finishes.
 local gateway, id, digest, rank = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local max_running, max_waiting = tonumber(ARGV[5]), tonumber(ARGV[6])
+local max_running, max_waiting, start = tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7]
+
+-- Whether somebody may still hold a finished request's responses, which die with the gateway's start.
+local function may_be_replayed(record)
+  if record.outcome == 'failed' or record.outcome == 'withdrawn' then return false end
+  if record.gateway == gateway then return record.start == start end
+  return is_known(record.gateway)
+end
 
 heal_queue(gateway)
 if not is_known(gateway) then return { quarantined, 'unknown_gateway' } end
@@ -19,7 +26,7 @@ if record then
     end
     return { quarantined, 'existing', record.state, record.gateway, record.outcome }
   end
-  if record.outcome ~= 'failed' and record.outcome ~= 'withdrawn' then
+  if may_be_replayed(record) then
     return { quarantined, 'existing', record.state, record.gateway, record.outcome }
   end
 end

@@ -52,13 +52,13 @@ end
 local STATES = { waiting = true, running = true, finished = true }
 local OUTCOMES = { [''] = true, completed = true, cancelled = true, failed = true, withdrawn = true }
 
--- The request's record, or nil. since: when its state began.
+-- The request's record, or nil. since: when its state began. start: which start of the gateway finished it.
 local function read(id)
   local key = record_key(id)
-  local values = redis.pcall('HMGET', key, 'state', 'digest', 'gateway', 'rank', 'since', 'outcome')
+  local values = redis.pcall('HMGET', key, 'state', 'digest', 'gateway', 'rank', 'since', 'outcome', 'start')
   if not values.err then
     local record = { state = values[1], digest = values[2], gateway = values[3], rank = values[4],
-      since = tonumber(values[5] or ''), outcome = values[6] }
+      since = tonumber(values[5] or ''), outcome = values[6], start = values[7] }
     if STATES[record.state] and record.digest and record.gateway and record.rank and record.since
       and OUTCOMES[record.outcome] then
       return record
@@ -72,7 +72,7 @@ end
 local function write(id, record, ttl)
   local key = record_key(id)
   redis.call('HSET', key, 'state', record.state, 'digest', record.digest, 'gateway', record.gateway,
-    'rank', record.rank, 'since', now, 'outcome', record.outcome or '')
+    'rank', record.rank, 'since', now, 'outcome', record.outcome or '', 'start', record.start or '')
   redis.call('PEXPIRE', key, ttl)
 end
 
