@@ -87,6 +87,15 @@ class Rig:
     def client(self) -> AsyncClient:
         return self.clients[self.gateway]
 
+    @contextlib.contextmanager
+    def asking(self, gateway: str) -> Iterator[None]:
+        """Inside, everything goes through this gateway."""
+        before, self.gateway = self.gateway, gateway
+        try:
+            yield
+        finally:
+            self.gateway = before
+
     def member(self, name: str) -> Member:
         """A process by its name, "redis" among them."""
         return self.redis if name == REDIS else self.processes[name]
@@ -223,8 +232,9 @@ async def start_rig(
             rig.processes[process.name] = process
             process.start()
             cleanup.callback(process.end)
-        for rig.gateway in GATEWAYS:
-            await rig.wait_ready(*WORKERS)
+        for name in GATEWAYS:
+            with rig.asking(name):
+                await rig.wait_ready(*WORKERS)
         keeper = asyncio.create_task(rig.look_after())
         cleanup.callback(keeper.cancel)
         yield rig
