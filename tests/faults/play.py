@@ -71,8 +71,12 @@ async def play(rig: Rig, schedule: Schedule, references: References, *, run: str
     Args:
         run: tells apart the times that one rig plays one seed.
     """
-    rig.gateway = schedule.gateway
-    await _prepare(rig, schedule)
+    with rig.asking(schedule.gateway):
+        await _prepare(rig, schedule)
+        return await _play(rig, schedule, references, run)
+
+
+async def _play(rig: Rig, schedule: Schedule, references: References, run: str) -> Report:
     started = time.monotonic()
     player = _Player(rig, schedule, run)
     await player.play()

@@ -136,6 +136,10 @@ class Process(Member):
         log = self.log.read_bytes() if self.log.exists() else b""
         return Counter(point.decode() for point in _MET.findall(log))
 
+    def num_fired(self) -> int:
+        """As `met`, of all failpoints together."""
+        return self.met().total()
+
     def end(self) -> None:
         if self.popen is not None:
             self.popen.kill()

@@ -10,7 +10,7 @@ import signal
 import socket
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ from tests.faults.proxy import Link, Proxy
 from tests.faults.spans import SpanCollector
 
 __all__ = [
-    "ALWAYS",
     "DECODE",
+    "GATEWAY",
     "GATEWAYS",
     "PREFILL",
     "REDIS",
@@ -38,17 +38,15 @@ __all__ = [
 
 # By what they do with prompts.
 GATEWAYS = ("gateway-always", "gateway-auto", "gateway-never")
-ALWAYS = GATEWAYS[0]
+GATEWAY = GATEWAYS[0]  # that is asked if nothing else is said
 PREFILL, DECODE = ("prefill-0", "prefill-1"), ("decode-0", "decode-1")
 WORKERS = PREFILL + DECODE
 REDIS = "redis"
 START_SECONDS = 120.0
+WHOLE_SECONDS = 20.0
 POLL_SECONDS = 0.1
 # Killed, asked to end, or not begun because Redis was away.
 EXPLAINED_CODES = (-signal.SIGKILL, 0, 2)
-# Few enough that a wide prompt's blocks are taken late, and that sequences are evicted now and then.
-NUM_DECODE_BLOCKS = 256
-MAX_CONTEXT = 4 * NUM_DECODE_BLOCKS
 # Many small blocks, chunks and steps, so that a fault has many moments to strike; leases end soon after a lost Release.
 SETTINGS: dict[str, Any] = {
     "block_size": 4,
@@ -58,11 +56,13 @@ SETTINGS: dict[str, Any] = {
     "lease_seconds": 2.0,
     "drain_seconds": 5.0,
 }
-# How blocks reach each decode worker. Bytes may flip on the way to the first, which looks at each block.
-TRANSFER = {
-    "decode-0": {"transport": "grpc", "checksum": "full"},
-    "decode-1": {"transport": "auto", "checksum": "sampled"},
+# What each decode worker has of its own. Blocks are few enough that those of a wide prompt are taken late, and that
+# sequences are evicted now and then. Bytes may flip on the way to the first worker, which looks at each block.
+DECODE_SETTINGS: dict[str, dict[str, Any]] = {
+    "decode-0": {"num_blocks": 256, "transport": "grpc", "checksum": "full"},
+    "decode-1": {"num_blocks": 256, "transport": "auto", "checksum": "sampled"},
 }
+MAX_CONTEXT = 1024
 
 
 @dataclass(eq=False)
@@ -80,12 +80,21 @@ class Rig:
     processes: dict[str, Process] = field(default_factory=dict)
     worker_proxies: dict[str, Proxy] = field(default_factory=dict)
     redis_proxies: dict[str, Proxy] = field(default_factory=dict)
-    gateway: str = ALWAYS
+    gateway: str = GATEWAY
     _num_seen_ends: Counter[str] = field(default_factory=Counter)
 
     @property
     def client(self) -> AsyncClient:
         return self.clients[self.gateway]
+
+    @contextlib.contextmanager
+    def asking(self, gateway: str) -> Iterator[None]:
+        """Inside, everything goes through this gateway."""
+        before, self.gateway = self.gateway, gateway
+        try:
+            yield
+        finally:
+            self.gateway = before
 
     def member(self, name: str) -> Member:
         """A process by its name, "redis" among them."""
@@ -132,6 +141,12 @@ class Rig:
     async def wait_ready(self, *names: str) -> None:
         await self.eventually(lambda: self.are_ready(*names), START_SECONDS, f"{', '.join(names)} ready")
 
+    async def wait_whole(self) -> None:
+        async def is_whole() -> bool:
+            return not await self.what_is_left()
+
+        await self.eventually(is_whole, WHOLE_SECONDS, "all pools whole")
+
     async def what_is_left(self) -> str:
         """What idle workers still hold, and what still queues; empty if nothing. Workers that start are passed over."""
         status = await self.status()
@@ -150,15 +165,6 @@ class Rig:
         if (status.queue.running, status.queue.waiting) != (0, 0):
             left.append(f"queue: {status.queue}")
         return "; ".join(left)
-
-    async def wait_whole(self, seconds: float) -> str:
-        """Until nothing is left, but no longer than that; what is."""
-        deadline = time.monotonic() + seconds
-        while left := await self.what_is_left():
-            if time.monotonic() > deadline:
-                break
-            await asyncio.sleep(POLL_SECONDS)
-        return left
 
     def unexplained_ends(self) -> list[tuple[str, int]]:
         """Who neither was killed, nor asked to end, nor could not begin, since this was last asked; with exit codes."""
@@ -198,13 +204,13 @@ def make_model(folder: Path) -> Path:
 
 @contextlib.asynccontextmanager
 async def start_rig(
-    folder: Path, model: Path, num_decode_blocks: int = NUM_DECODE_BLOCKS, **settings: object
+    folder: Path, model: Path, decode_settings: Mapping[str, Mapping[str, Any]] = DECODE_SETTINGS, **settings: Any
 ) -> AsyncIterator[Rig]:
     """Two workers of each kind and three gateways; ends all of it, whatever happens.
 
     Args:
-        num_decode_blocks: of each decode worker, in place of what the settings say.
-        settings: of the workers, by their names in `kvrelay.config`.
+        decode_settings: what a decode worker has of its own, by worker.
+        settings: of all workers, by their names in `kvrelay.config`.
     """
     async with contextlib.AsyncExitStack() as cleanup:
         rig = Rig(folder, RedisServer(folder / "redis"), SpanCollector())
@@ -221,12 +227,14 @@ async def start_rig(
         for proxy in (*rig.redis_proxies.values(), *rig.worker_proxies.values()):
             await proxy.start()
             cleanup.push_async_callback(proxy.stop)
-        for process in _processes(rig, ports, {"model": model, "run_dir": folder}, settings, num_decode_blocks):
+        own = {name: {**settings, **decode_settings.get(name, {})} for name in WORKERS}
+        for process in _processes(rig, ports, {"model": model, "run_dir": folder}, own):
             rig.processes[process.name] = process
             process.start()
             cleanup.callback(process.end)
-        for rig.gateway in reversed(GATEWAYS):
-            await rig.wait_ready(*WORKERS)
+        for name in GATEWAYS:
+            with rig.asking(name):
+                await rig.wait_ready(*WORKERS)
         keeper = asyncio.create_task(rig.look_after())
         cleanup.callback(keeper.cancel)
         yield rig
@@ -240,26 +248,20 @@ def _free_ports(names: Sequence[str]) -> dict[str, int]:
 
 
 def _processes(
-    rig: Rig, ports: dict[str, int], shared: dict[str, object], settings: dict[str, object], num_decode_blocks: int
+    rig: Rig, ports: dict[str, int], shared: dict[str, Any], settings: dict[str, dict[str, Any]]
 ) -> Iterator[Process]:
-    def process(name: str, own: dict[str, object], environment: dict[str, str]) -> Process:
+    def process(name: str, own: dict[str, Any], environment: dict[str, str]) -> Process:
         redis = f"redis://127.0.0.1:{rig.redis_proxies[name].port}"
         flags = _flags({**shared, "redis": redis, "worker_id": name, **own})
         return Process(name, [name.partition("-")[0], *flags], rig.folder, environment)
 
+    known = {key: settings[WORKERS[0]][key] for key in ("block_size", "max_batched_tokens")}
     for name in GATEWAYS:
-        own = {
-            "port": ports[name],
-            "disaggregation": name.partition("-")[2],
-            "block_size": settings["block_size"],
-            "max_batched_tokens": settings["max_batched_tokens"],
-        }
+        own = {"port": ports[name], "disaggregation": name.partition("-")[2], **known}
         yield process(name, own, rig.spans.environment)
     for name in WORKERS:
-        own = {**settings, "worker_port": ports[name], "advertise_port": rig.worker_proxies[name].port}
-        if name in DECODE:
-            own |= {"num_blocks": num_decode_blocks, **TRANSFER[name]}
-        yield process(name, own, {})
+        address = {"worker_port": ports[name], "advertise_port": rig.worker_proxies[name].port}
+        yield process(name, settings[name] | address, {})
 
 
 def _flags(settings: dict[str, object]) -> list[str]:

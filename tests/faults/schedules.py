@@ -13,7 +13,7 @@ from kvrelay.failpoints import ACTIONS, POINTS, Failpoint
 from tests.faults.catalog import LONG, SHORT, WIDE
 from tests.faults.faults import Fault, Kind
 from tests.faults.proxy import Direction
-from tests.faults.rig import ALWAYS, DECODE, GATEWAYS, PREFILL, REDIS, WORKERS
+from tests.faults.rig import DECODE, GATEWAY, GATEWAYS, PREFILL, REDIS, WORKERS
 
 __all__ = ["INSIDE", "OUTSIDE", "PAIRS", "Schedule", "schedule"]
 
@@ -51,7 +51,7 @@ def schedule(seed: int) -> Schedule:
     random = Random(seed)
     part, place = divmod(seed, 5)
     faults = _faults(random, part, place)
-    gateway = ALWAYS if any(_is_in_the_way_of_blocks(fault) for fault in faults) else random.choice(GATEWAYS)
+    gateway = GATEWAY if any(_is_in_the_way_of_blocks(fault) for fault in faults) else random.choice(GATEWAYS)
     faults = tuple(_at_gateway(fault, gateway) for fault in faults)
     return Schedule(seed, gateway, _asks(random, faults), faults, _num_late(random, faults))
 
@@ -69,7 +69,7 @@ def _is_in_the_way_of_blocks(fault: Fault) -> bool:
 
 
 def _at_gateway(fault: Fault, gateway: str) -> Fault:
-    target, client = ({GATEWAY: gateway}.get(name, name) for name in (fault.target, fault.client))
+    target, client = ({ASKED: gateway}.get(name, name) for name in (fault.target, fault.client))
     return replace(fault, target=target, client=client)
 
 
@@ -116,12 +116,12 @@ def _at(random: Random, point: str, action: str) -> Fault:
 
 
 # Stands for the gateway that is asked.
-GATEWAY = "gateway"
+ASKED = "gateway"
 KV_LINKS = tuple((decode, prefill) for decode in DECODE for prefill in PREFILL)
 # The other decode worker reads shared memory, which no proxy sees, and does not look at each block.
 FLIPPED_LINKS = tuple((DECODE[0], prefill) for prefill in PREFILL)
-WORKER_LINKS = tuple((GATEWAY, worker) for worker in WORKERS)
-REDIS_LINKS = ((GATEWAY, REDIS), *((worker, REDIS) for worker in WORKERS))
+WORKER_LINKS = tuple((ASKED, worker) for worker in WORKERS)
+REDIS_LINKS = ((ASKED, REDIS), *((worker, REDIS) for worker in WORKERS))
 Target = tuple[str, str]  # who connects and to whom; or nobody, and who is struck
 
 
@@ -134,10 +134,10 @@ OUTSIDE: tuple[tuple[Kind, tuple[Target, ...]], ...] = (
     (Kind.KILL, _each(*PREFILL)),
     (Kind.KILL, _each(*DECODE)),
     (Kind.KILL, _each(REDIS)),
-    (Kind.KILL, _each(GATEWAY)),
+    (Kind.KILL, _each(ASKED)),
     (Kind.DRAIN, _each(*PREFILL)),
     (Kind.DRAIN, _each(*DECODE)),
-    (Kind.DRAIN, _each(GATEWAY)),
+    (Kind.DRAIN, _each(ASKED)),
     (Kind.FREEZE, _each(*PREFILL)),
     (Kind.FREEZE, _each(*DECODE)),
     (Kind.FREEZE, _each(REDIS)),
@@ -234,6 +234,6 @@ PAIRS: dict[str, Pair] = {
     "a handover, and a client that leaves": _a_handover_and_a_leaving,
     "a handover, and a kill": _a_handover_and_a_kill,
     "Redis, and a worker": _pair(Kind.KILL, (REDIS,), Kind.KILL, WORKERS),
-    "Redis, and the gateway": _pair(Kind.WIPE, (REDIS,), Kind.KILL, (GATEWAY,)),
-    "a worker drains, and the gateway": _pair(Kind.DRAIN, WORKERS, Kind.DRAIN, (GATEWAY,)),
+    "Redis, and the gateway": _pair(Kind.WIPE, (REDIS,), Kind.KILL, (ASKED,)),
+    "a worker drains, and the gateway": _pair(Kind.DRAIN, WORKERS, Kind.DRAIN, (ASKED,)),
 }

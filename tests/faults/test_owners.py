@@ -29,7 +29,6 @@ def is_being_pulled(held: Sequence[HeldBlocks]) -> bool:
 @pytest.mark.parametrize("point", ["decode.received", "transfer.before_release"])
 async def test_a_lease_is_the_gateways_until_a_decode_worker_pulls(stage: Stage, point: str) -> None:
     rig, request_id = stage.rig, f"owned-{point}"
-    rig.gateway = ALWAYS
     expected = waits_for_a_pull if point == "decode.received" else is_being_pulled
     options: GenerateOptions = {"token_ids": list(range(3, 100)), "max_tokens": 4, "ignore_eos": True}
     await rig.wait_ready(*WORKERS)

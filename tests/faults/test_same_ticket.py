@@ -9,7 +9,7 @@ from kvrelay.client import GenerateOptions
 from tests.checkpoints import VOCAB_SIZE
 from tests.faults.conftest import Stage
 from tests.faults.history import Outcome, faults_of
-from tests.faults.rig import ALWAYS, PREFILL, SETTINGS, WORKERS, Rig, make_model, start_rig
+from tests.faults.rig import PREFILL, SETTINGS, WORKERS, Rig, make_model, start_rig
 
 VICTIM = "decode-0"
 COUNT_PROMPTS = "prefill.admitted=delay:0"  # each time the worker's log says so
@@ -44,7 +44,6 @@ async def check_computed_once(rig: Rig, failpoint: str) -> None:
         "seed": 7,
         "ignore_eos": True,
     }
-    rig.gateway = ALWAYS
     await rig.wait_ready(*WORKERS)
     expected = await rig.client.complete(**options, cache_salt="reference")
     num_struck = rig.processes[VICTIM].met().total()
