@@ -12,10 +12,11 @@ import pytest
 import torch
 from transport_kit import EPOCH, LAYOUT, TRANSPORTS, Prefill, Registry, decode_worker, pair, prefill_process, until
 
-from kv_transfer.shm import ShmReceiver, host_id, offer_pool
+from kv_transfer.shm import ShmReceiver, offer_pool
 from kv_transfer.transport import TransferFailed
 from kvrelay.engine.kv_cache import KvCache
 from kvrelay.errors import FailedPrecondition
+from kvrelay.host import host_id
 from kvrelay.wire import error_to_status
 
 
