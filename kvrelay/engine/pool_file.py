@@ -139,9 +139,9 @@ class PoolFile:
             _check_equal(path, found, wanted)
             pool = cls(fd, num_blocks, bytes.fromhex(found["nonce"]), _claim_slot(path, fd), size)
             unlock(fd, _JOINING_BYTE)
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             os.close(fd)
-            raise ConfigurationError(f"shared_pool: {path}: {error.strerror}") from error
+            raise ConfigurationError(f"shared_pool: {path}: no {size >> 20} MiB for it: {error}") from error
         except BaseException:
             os.close(fd)
             raise
@@ -154,6 +154,7 @@ class PoolFile:
     def close(self) -> None:
         """Gives the slot back, with which all that its row says is void. The mapping goes when nobody uses it."""
         if self.fd >= 0:
+            unlock(self.fd, _FIRST_SLOT_BYTE + self.slot)  # which the mapping would keep; it has a descriptor, too
             os.close(self.fd)
             self.fd = -1
 

@@ -189,11 +189,11 @@ class Scheduler:
         self._expire(now)
         budget = self._budget.num_tokens(self._table.num_decoding)
         with self.pool.locked():
-            self.pool.expect_growth(len(self._table.running))
             chunks = self._schedule_running(budget)
             if chunks is not None:
                 budget -= sum(chunk.length for chunk in chunks)
                 chunks += self._schedule_waiting(budget, now)
+            self.pool.expect_growth(len(self._table.running))
         events, self._events = self._events, []
         return chunks or [], events
 

@@ -28,7 +28,7 @@ from scheduling import GARBAGE, Bench
 from kv_transfer.handover import EndReason, Handover
 from kv_transfer.tickets import open_ticket, sign_ticket
 from kvrelay.engine.events import Admitted, Event, Finished, Progress, Sampled
-from kvrelay.engine.sequence import Role, Sequence, SequenceState
+from kvrelay.engine.sequence import BorrowedBlocks, Role, Sequence, SequenceState
 from kvrelay.errors import Cancelled, FailedPrecondition, KvrelayError, NotFound, PermissionDenied, Unavailable
 
 which = st.integers(0, 1000)
@@ -51,7 +51,7 @@ class HandoverMachine(RuleBasedStateMachine):
         self.decode = self.bench(decode_blocks)
         self.lives: list[Life] = []
         self.on_decode: dict[str, Life] = {}
-        self.num_adopted = self.num_recomputed = self.num_refused = 0
+        self.num_adopted = self.num_recomputed = self.num_refused = self.num_borrowed = 0
 
     def bench(self, num_blocks: int) -> Bench:
         return Bench(
@@ -150,7 +150,12 @@ class HandoverMachine(RuleBasedStateMachine):
         if waiting:
             life = waiting[index % len(waiting)]
             life.sequence = self.add(self.decode, life.spec, Role.DECODE)
+            life.sequence.borrowed = self.borrowed(life)
             self.on_decode[life.spec.request_id] = life
+
+    def borrowed(self, life: Life) -> BorrowedBlocks | None:
+        """What the sequence may hold instead of blocks of its own."""
+        return None
 
     @rule(times=st.integers(1, 4))
     def step_decode(self, times: int) -> None:
@@ -162,7 +167,9 @@ class HandoverMachine(RuleBasedStateMachine):
                     continue
                 if isinstance(event, Admitted) and life.admitted is None:
                     life.admitted = event
-                    life.num_announced = life.num_verified = event.num_cached_blocks
+                    life.num_verified = event.num_cached_blocks
+                    self.num_borrowed += event.borrowed
+                    life.num_announced = len(event.block_ids) if event.borrowed else event.num_cached_blocks
                 elif isinstance(event, Finished):
                     self.finish(life)
 
@@ -232,6 +239,9 @@ class HandoverMachine(RuleBasedStateMachine):
             assert life.pull is not None
             token, held = life.pull.first_token_id, self.is_live(life)
             assert token is not None
+            assert life.admitted is not None
+            if life.admitted.borrowed:
+                life.num_verified = len(life.admitted.block_ids)
             try:
                 if loss is not Loss.REQUEST:
                     self.prefill.leases.release(open_ticket(life.signed, KEY), self.now)
@@ -240,8 +250,8 @@ class HandoverMachine(RuleBasedStateMachine):
                 if loss is not Loss.NONE:
                     raise Unavailable("no answer")
             except (NotFound, FailedPrecondition) as error:
-                assert life.admitted is not None
-                life.num_verified = life.admitted.num_cached_blocks
+                if not life.admitted.borrowed:
+                    life.num_verified = life.admitted.num_cached_blocks
                 self.fail(life, error)
             except Unavailable as error:
                 self.fail(life, error)
