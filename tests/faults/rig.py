@@ -214,7 +214,8 @@ async def start_rig(folder: Path, model: Path, **settings: object) -> AsyncItera
     """Two workers of each kind and a gateway; ends all of it, whatever happens.
 
     Args:
-        settings: of the workers, by their names in `kvrelay.config`. Blocks reach decode-0 by gRPC always.
+        settings: of the workers, by their names in `kvrelay.config`. Blocks reach decode-0 by gRPC always, unless a
+            pool is shared.
     """
     redis = PrivateRedis(folder / "redis")
     redis.start()
@@ -243,7 +244,7 @@ async def start_rig(folder: Path, model: Path, **settings: object) -> AsyncItera
                 "worker_port": ports[name],
                 "advertise_port": rig.worker_proxies[name].port,
                 "redis": _url(rig, name),
-                "transport": "grpc" if name == "decode-0" else "auto",
+                "transport": "grpc" if name == "decode-0" and "shared_pool" not in settings else "auto",
             }
             rig.processes[name] = Process(name, [name.partition("-")[0], *_flags(shared | own)], folder)
         for process in rig.processes.values():
