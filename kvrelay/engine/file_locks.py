@@ -47,24 +47,24 @@ def is_locked(fd: int, byte: int) -> bool:
 class Mutex:
     """Lets one process after the other at what they share. May be entered again by who is inside.
 
-    Who dies or fails inside leaves what it was changing half changed: the next one to enter repairs it first. Who
-    stands still inside keeps all others waiting, so whoever has waited for `patience` seconds kills it.
+    Who dies or fails inside leaves what it was changing half changed, and the next one to enter is told. Who stands
+    still inside keeps all others waiting, so whoever has waited for `patience` seconds kills it.
 
     For one thread of each process, and while the process closes no other descriptor of the file.
 
     Args:
         fd: of the file, whose byte `byte` is the lock.
         words: two integers that the processes share, at first 0: whether somebody is inside, and how many have been.
-        repair: called inside, when the one before did not come out.
+        arrive: called by who has entered, with whether the one before did not come out.
     """
 
     def __init__(
-        self, fd: int, byte: int, words: NDArray[numpy.int64], repair: Callable[[], None], patience: float = 5.0
+        self, fd: int, byte: int, words: NDArray[numpy.int64], arrive: Callable[[bool], None], patience: float
     ) -> None:
         self._fd = fd
         self._byte = byte
         self._words = words
-        self._repair = repair
+        self._arrive = arrive
         self._patience = patience
         self._depth = 0
 
@@ -74,9 +74,10 @@ class Mutex:
             is_torn = bool(self._words[0])
             self._words[0] = 1
             self._words[1] += 1
-            if is_torn:
-                self._repair()
-        self._depth += 1
+            self._depth = 1
+            self._arrive(is_torn)
+        else:
+            self._depth += 1
 
     def __exit__(self, failure: type[BaseException] | None, *details: object) -> None:
         self._depth -= 1

@@ -103,7 +103,7 @@ class EngineLoop:
         try:
             self._execute(self._mailbox.get(block=wait, timeout=self._patience()))
         except queue.Empty:
-            if wait:
+            if wait and not self._engine.scheduler.waits_for_others:
                 self._engine.scheduler.check_integrity()
         while not self._mailbox.empty():
             self._execute(self._mailbox.get())

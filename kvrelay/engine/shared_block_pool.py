@@ -7,8 +7,8 @@ of names) follows from these, and is made anew after a worker that died while it
 """
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 
 import numpy
 
@@ -41,10 +41,11 @@ class SharedBlockPool:
         self._file = file
         self._books = books
         self._own = books.holds[file.slot]
+        self._own_counts = self._own.data  # the same, for one block at a time
         self._free = FreeList(books.num_free, books.following, books.preceding)
         self._index = DigestIndex(books.table, books.places, books.digests)
-        self._mutex = Mutex(file.fd, MUTEX_BYTE, books.mutex, self._rebuild, patience)
-        self._reclaimed_at = -RECLAIM_SECONDS
+        self._mutex = Mutex(file.fd, MUTEX_BYTE, books.mutex, self._arrive, patience)
+        self._reclaimed_at = 0.0
         with self._mutex:
             self._empty(file.slot)  # of who had it before
             books.claims[file.slot] = 1
@@ -57,13 +58,9 @@ class SharedBlockPool:
     def num_held(self) -> int:
         return int(numpy.count_nonzero(self._own))
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Nobody else changes the books inside."""
-        with self._mutex:
-            if time.monotonic() - self._reclaimed_at >= RECLAIM_SECONDS:
-                self._reclaim()
-            yield
+        return self._mutex
 
     def expect_growth(self, num_sequences: int) -> int:
         """So many sequences of this worker will want more blocks; answers how many of all workers will."""
@@ -77,7 +74,7 @@ class SharedBlockPool:
         return int(self._books.generations[block_id])
 
     def allocate(self, count: int) -> list[int]:
-        with self.locked():
+        with self._mutex:
             if count > len(self._free):
                 raise OutOfBlocks(f"{count} blocks asked for, {len(self._free)} free")
             blocks = [self._free.pop_first() for _ in range(count)]
@@ -88,14 +85,14 @@ class SharedBlockPool:
         return blocks
 
     def share(self, block_ids: Iterable[int]) -> None:
-        with self.locked():
+        with self._mutex:
             for block_id in block_ids:
                 if block_id in self._free:
                     self._free.remove(block_id)
-                self._own[block_id] += 1
+                self._own_counts[block_id] += 1
 
     def join(self, block_ids: Sequence[int], generations: Sequence[int]) -> bool:
-        with self.locked():
+        with self._mutex:
             for block_id, generation in zip(block_ids, generations, strict=True):
                 if not 0 <= block_id < self.num_blocks or self.generation(block_id) != generation:
                     return False
@@ -105,23 +102,25 @@ class SharedBlockPool:
         return True
 
     def release(self, block_ids: Sequence[int]) -> None:
-        with self.locked():
+        with self._mutex:
+            given_up = []
             for block_id in reversed(block_ids):
-                if self._own[block_id] == 0:
+                if self._own_counts[block_id] == 0:
                     raise ValueError(f"block {block_id} is not held")
-                self._own[block_id] -= 1
-                if not self._own[block_id] and not self._books.holds[:, block_id].any():
-                    self._free.append(block_id)
+                self._own_counts[block_id] -= 1
+                if self._own_counts[block_id] == 0:
+                    given_up.append(block_id)
+            self._free_those_nobody_holds(given_up)
 
     def name(self, block_id: int, digest: bytes) -> None:
-        with self.locked():
+        with self._mutex:
             if self._index.get(digest) is None:
                 self._index.remove(block_id)
                 self._index.add(digest, block_id)
 
     def find(self, digests: Iterable[bytes]) -> list[int]:
         found = []
-        with self.locked():
+        with self._mutex:
             for digest in digests:
                 block_id = self._index.get(digest)
                 if block_id is None:
@@ -131,7 +130,7 @@ class SharedBlockPool:
 
     def check(self, held: Iterable[int]) -> None:
         in_fact = numpy.bincount(numpy.fromiter(held, numpy.int64), minlength=self.num_blocks)
-        with self.locked():
+        with self._mutex:
             for block_id in numpy.flatnonzero(in_fact != self._own):
                 booked = self._own[block_id]
                 raise RuntimeError(f"block {block_id}: {booked} holders on the books, {in_fact[block_id]} in fact")
@@ -144,7 +143,7 @@ class SharedBlockPool:
         Raises:
             RuntimeError: saying what is wrong.
         """
-        with self.locked():
+        with self._mutex:
             self._reclaim()
             free, is_held = list(self._free), self._books.holds.any(axis=0)
             if sorted(free) != numpy.flatnonzero(~is_held).tolist() or len(free) != len(self._free):
@@ -162,6 +161,12 @@ class SharedBlockPool:
             self._books.claims[self._file.slot] = 0
         self._file.close()
 
+    def _arrive(self, is_torn: bool) -> None:
+        if is_torn:
+            self._rebuild()
+        if time.monotonic() - self._reclaimed_at >= RECLAIM_SECONDS:
+            self._reclaim()
+
     def _reclaim(self) -> None:
         """Frees what dead workers hold."""
         self._reclaimed_at = time.monotonic()
@@ -175,9 +180,12 @@ class SharedBlockPool:
         blocks = numpy.flatnonzero(row)
         row[:] = 0
         self._books.growing[slot] = 0
-        still_held = self._books.holds[:, blocks].any(axis=0)
-        for block_id in reversed(blocks[~still_held].tolist()):
-            self._free.append(block_id)
+        self._free_those_nobody_holds(blocks[::-1].tolist())
+
+    def _free_those_nobody_holds(self, block_ids: Sequence[int]) -> None:
+        is_held = self._books.holds[:, block_ids].any(axis=0)
+        for position in numpy.flatnonzero(~is_held).tolist():
+            self._free.append(block_ids[position])
 
     def _rebuild(self) -> None:
         """Lists anew, from who holds what. No name is trusted."""

@@ -1,4 +1,4 @@
-"""As `test_faults`, with workers that share a pool: who dies in it, or stands still, costs the others nothing of theirs."""
+"""As `test_faults`, with workers that share a pool: who dies in it, or stands still, costs the others nothing."""
 
 from collections.abc import AsyncIterator
 

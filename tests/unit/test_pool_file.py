@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 
@@ -115,6 +115,22 @@ def test_there_are_as_many_slots_as_rows(tmp_path: Path, monkeypatch: pytest.Mon
     third = join(tmp_path / "pool")
     assert third.slot == 0
     third.close()
+    second.close()
+
+
+def test_who_comes_while_the_file_is_made_waits_for_it(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(1) as thread:
+        other: list[Future[PoolFile]] = []
+
+        def make(num_bytes: int) -> None:
+            other.append(thread.submit(join, tmp_path / "pool"))
+            wait(other, timeout=0.3)  # which gives it the time to do what it should not
+
+        first = PoolFile.join(str(tmp_path / "pool"), LAYOUT, 8, make)
+        second = other[0].result()
+    assert (first.slot, second.slot) == (0, 1)
+    assert first.nonce == second.nonce
+    first.close()
     second.close()
 
 
