@@ -154,13 +154,6 @@ class SharedBlockPool:
             if sorted(filter(lambda block_id: block_id >= 0, self._books.table.tolist())) != named:
                 raise RuntimeError("the index has blocks without a name")
 
-    def close(self) -> None:
-        """Holds nothing any more."""
-        with self._mutex:
-            self._empty(self._file.slot)
-            self._books.claims[self._file.slot] = 0
-        self._file.close()
-
     def _arrive(self, is_torn: bool) -> None:
         if is_torn:
             self._rebuild()

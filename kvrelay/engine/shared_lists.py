@@ -83,9 +83,6 @@ class DigestIndex:
         self._digest_bytes = digests.shape[1]
         self._mask = len(table) - 1
 
-    def __len__(self) -> int:
-        return sum(place != _NOWHERE for place in self._places)
-
     def get(self, digest: bytes) -> int | None:
         place = self._home(digest)
         while (block_id := self._table[place]) != _NOWHERE:

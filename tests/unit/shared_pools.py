@@ -27,7 +27,7 @@ def joined(path: Path, num_blocks: int, patience: float = 5.0) -> Iterator[Share
         yield pool
         pool.check_all()
     finally:
-        pool.close()
+        pool._file.close()
 
 
 class Worker:

@@ -134,5 +134,5 @@ def test_random_bytes_are_found_among_many() -> None:
         for digest in reference._block_of:
             assert pool.find([digest]) == reference.find([digest])
     pool.check_all()
-    pool.close()
+    file.close()
     os.close(memfd)
