@@ -224,6 +224,15 @@ def test_workers_at_the_same_time_never_have_a_block_both(path: Path) -> None:
         pool.check_all()
 
 
+def test_a_file_keeps_what_was_computed_when_all_have_gone(path: Path) -> None:
+    with joined(path, NUM_BLOCKS) as pool:
+        [block] = pool.allocate(1)
+        pool.name(block, A)
+    with joined(path, NUM_BLOCKS) as pool:
+        assert pool.find([A]) == [block]
+        assert pool.num_free == NUM_BLOCKS
+
+
 def test_sequences_that_grow_are_counted_over_all_that_live(pool: SharedBlockPool, other: Worker) -> None:
     assert pool.expect_growth(3) == 3
     assert other.ask("pool.expect_growth(4)") == 7
