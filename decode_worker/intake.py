@@ -9,6 +9,7 @@ from kv_transfer.transport import TransferFailed
 from kvrelay import failpoints, telemetry
 from kvrelay.engine.async_engine import AsyncEngine
 from kvrelay.engine.events import Admitted
+from kvrelay.engine.sequence import BorrowedBlocks
 from kvrelay.errors import FailedPrecondition
 from kvrelay.telemetry import Attribute, Metric, SpanName
 
@@ -44,12 +45,17 @@ class Intake:
         self._max_recomputed_tokens = max_recomputed_tokens
         self._recomputed = telemetry.meter().create_counter(Metric.RECOMPUTED)
 
+    async def borrowed(self, ticket: bytes) -> BorrowedBlocks | None:
+        """As `Puller.borrowed`: what a sequence may hold instead of blocks of its own."""
+        return await self._puller.borrowed(ticket)
+
     async def take_over(self, ticket: bytes, admitted: Admitted, traceparent: str) -> TakenOver:
-        """Fills the sequence's blocks. A transfer that fails costs time, never the request: it is computed again.
+        """Fills the sequence's blocks or, if they are borrowed, waits until the other worker has.
 
-        What is left to compute is computed here if it is short, else elsewhere, lest it delays the running streams.
+        A transfer that fails costs time, never the request: it is computed again. What is left to compute is computed
+        here if it is short, else elsewhere, lest it delays the running streams.
 
-        When it ends, however it does, nothing writes to the sequence's blocks any more.
+        When it ends, however it does, nothing writes to the sequence's own blocks any more.
 
         Raises:
             FailedPrecondition: the prefill worker has ended the request, reason HANDOVER_ENDED; or the KV cache is to
@@ -58,7 +64,7 @@ class Intake:
         started = time.monotonic()
         request_id = admitted.request_id
         try:
-            pulled = await self._puller.pull(ticket, admitted.block_ids, admitted.num_cached_blocks)
+            pulled = await self._puller.pull(ticket, admitted.block_ids, admitted.num_cached_blocks, admitted.borrowed)
         except TransferFailed as failure:
             if failure.reason == "REQUEST_ABORTED":
                 raise FailedPrecondition(failure.message, reason="HANDOVER_ENDED") from failure

@@ -103,6 +103,8 @@ class DecodeWorker(worker_pb2_grpc.DecodeServiceServicer):
         call = _DecodeCall(self, request)
         role = Role.DECODE if request.ticket else Role.WHOLE
         sequence = EngineSequence(call.request, role, arrival=call.arrival, deadline=deadline_of(context))
+        if request.ticket:
+            sequence.borrowed = await self.intake.borrowed(request.ticket)
         await self.engine.submit(sequence, call.on_event)
         self._calls[call.request.request_id] = call
         try:

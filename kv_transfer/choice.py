@@ -12,7 +12,7 @@ __all__ = ["FASTEST_FIRST", "Choice", "Opener", "choose_transport", "parse_requi
 
 log = logging.getLogger(__name__)
 
-FASTEST_FIRST = ("cuda_ipc", "shm", "nixl", "grpc")
+FASTEST_FIRST = ("pool", "cuda_ipc", "shm", "nixl", "grpc")
 Opener = Callable[[], Awaitable[BlockReceiver]]
 
 

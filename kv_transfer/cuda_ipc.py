@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from kv_transfer.blocks import contiguous_runs
-from kv_transfer.shm import host_id
 from kv_transfer.threads import run_to_end
 from kv_transfer.transport import TransferFailed, check_fetch
 from kvrelay.engine.kv_cache import KvCache
 from kvrelay.errors import FailedPrecondition
+from kvrelay.host import host_id
 from kvrelay.v1 import kv_pb2
 
 __all__ = ["HANDLE_BYTES", "CudaIpcReceiver", "check_export", "export_pool"]

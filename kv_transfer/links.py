@@ -213,15 +213,15 @@ class Links:
         async with contextlib.AsyncExitStack() as unless_paired:
             unless_paired.push_async_callback(channel.close, None)
             stub = kv_pb2_grpc.KvServiceStub(channel)
-            offered = await self._pair(record, stub)
+            answer = await self._pair(record, stub)
             latency = await measure_latency(lambda: _ping(stub))
-            openers = self._receivers.openers(record, stub)
+            openers = self._receivers.openers(record, stub, answer.shared_pool)
+            offered = tuple(answer.transports)
             choice = await choose_transport(self._preference, self._required, openers, offered, measure_bandwidth)
             unless_paired.pop_all()
         return Link(record, channel, choice, latency)
 
-    async def _pair(self, record: WorkerRecord, stub: "kv_pb2_grpc.KvServiceAsyncStub") -> Collection[str]:
-        """Answers with the names of the transports that the prefill worker offers."""
+    async def _pair(self, record: WorkerRecord, stub: "kv_pb2_grpc.KvServiceAsyncStub") -> kv_pb2.PairResponse:
         layout = layout_to_proto(self._cache.layout)
         request = kv_pb2.PairRequest(
             decode_worker_id=self.worker_id,
@@ -229,6 +229,7 @@ class Links:
             layout=layout,
             protocol_version=PROTOCOL_VERSION,
             transports=self._receivers.names,
+            shared_pool=b"" if self._cache.shared is None else self._cache.shared.nonce,
         )
         with translated():
             answer = await stub.Pair(request, timeout=PAIR_SECONDS)
@@ -237,7 +238,7 @@ class Links:
             raise _stale_epoch(record.worker_id)
         check_versions(answer.protocol_version)
         check_layouts(layout, answer.layout)
-        return tuple(answer.transports)
+        return answer
 
     def _retire(self, worker_id: str) -> None:
         link = self._links.pop(worker_id)

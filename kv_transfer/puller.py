@@ -17,6 +17,7 @@ from kv_transfer.tickets import Ticket, open_ticket
 from kv_transfer.transport import TransferFailed
 from kvrelay import failpoints, telemetry
 from kvrelay.engine.kv_cache import KvCache
+from kvrelay.engine.sequence import BorrowedBlocks
 from kvrelay.errors import FailedPrecondition, KvrelayError, NotFound
 from kvrelay.rpc import translated
 from kvrelay.v1 import kv_pb2
@@ -72,15 +73,38 @@ class Puller:
         self._bytes = telemetry.meter().create_counter(telemetry.Metric.TRANSFER_BYTES, unit="By")
         self._mismatches = telemetry.meter().create_counter(telemetry.Metric.CHECKSUM_MISMATCHES)
 
-    async def pull(self, ticket: bytes, destination: Sequence[int], num_cached_blocks: int) -> Pulled:
+    async def borrowed(self, ticket: bytes) -> BorrowedBlocks | None:
+        """The ticket's blocks, if they lie in the pool that both workers share; None if they must be moved.
+
+        Also None for a ticket that cannot be pulled; `pull` says why.
+        """
+        if self._cache.shared is None:
+            return None
+        try:
+            opened = open_ticket(ticket, self._key)
+            async with self._links.use(opened.worker_id, opened.epoch) as link:
+                if link.receiver.name == "pool":
+                    return BorrowedBlocks(opened.block_ids, opened.generations)
+        except KvrelayError as error:
+            log.info("blocks of a ticket cannot be borrowed: %s", error.message)
+        return None
+
+    async def pull(
+        self, ticket: bytes, destination: Sequence[int], num_cached_blocks: int, borrowed: bool = False
+    ) -> Pulled:
         """Brings the ticket's blocks into the blocks `destination`, the first `num_cached_blocks` of which are there.
 
-        When it ends, however it does, nothing writes to these blocks any more.
+        When it ends, however it does, nothing writes to these blocks any more; but the prefill worker may, if they are
+        borrowed and it fails.
+
+        Args:
+            borrowed: `destination` are the ticket's own blocks, held here too. Nothing is moved; they are whole when
+                prefill has ended, and this worker's to write to when the lease has.
 
         Raises:
             TransferFailed: for whatever reason; it says how many blocks can be used all the same.
         """
-        transfer = _Transfer(self._cache, destination, num_cached_blocks, self._checksum, self._clock)
+        transfer = _Transfer(self._cache, destination, num_cached_blocks, borrowed, self._checksum, self._clock)
         try:
             opened = open_ticket(ticket, self._key)
             transfer.check(opened)
@@ -121,15 +145,17 @@ class _Transfer:
         cache: KvCache,
         destination: Sequence[int],
         num_cached_blocks: int,
+        borrowed: bool,
         checksum: str,
         clock: Callable[[], float],
     ) -> None:
         self._cache = cache
         self._destination = destination
-        self._num_cached = num_cached_blocks
+        self._num_skipped = len(destination) if borrowed else num_cached_blocks
+        self._borrowed = borrowed
         self._checksum = checksum
         self._clock = clock
-        self._num_arrived = num_cached_blocks
+        self._num_arrived = self._num_skipped
         self._first_token_id: int | None = None
         self._complete_at = 0.0
         self._taken_at = 0.0
@@ -138,7 +164,7 @@ class _Transfer:
         self.num_verified = num_cached_blocks
 
     def check(self, ticket: Ticket) -> None:
-        if not self._num_cached <= len(self._destination) == len(ticket.block_ids):
+        if not self._num_skipped <= len(self._destination) == len(ticket.block_ids):
             raise TransferFailed(
                 f"the ticket has {len(ticket.block_ids)} blocks, {len(self._destination)} are wanted",
                 reason="WRONG_COUNT",
@@ -148,7 +174,7 @@ class _Transfer:
         transport = link.receiver.name
         request = kv_pb2.PullRequest(
             ticket=data,
-            skip_blocks=self._num_cached,
+            skip_blocks=self._num_skipped,
             transport=transport,
             checksum=CHECKSUM_MODES[self._checksum],
             decode_worker_id=worker_id,
@@ -167,7 +193,7 @@ class _Transfer:
         await self._release(link, data)
         link.rate.add(self._bytes_timed, self._seconds_receiving)
         await failpoints.reach("transfer.after_release")
-        num_moved = len(self._destination) - self._num_cached
+        num_moved = len(self._destination) - self._num_skipped
         num_bytes = num_moved * self._cache.layout.block_bytes
         return Pulled(self._first_token_id, num_bytes, num_moved, transport, self._complete_at, self._clock())
 
@@ -229,6 +255,8 @@ class _Transfer:
             raise _unexpected(f"the first token, with {self._num_arrived} of {len(self._destination)} blocks here")
         self._complete_at = self._clock() - complete.seconds_since_done
         self._first_token_id = complete.first_token_id
+        if self._borrowed:
+            self.num_verified = len(self._destination)
 
     async def _release(self, link: Link, data: bytes) -> None:
         """Ends the lease, which proves that its blocks were held, and unchanged, until they had been copied."""
@@ -236,7 +264,8 @@ class _Transfer:
             with translated():
                 await link.stub.Release(kv_pb2.ReleaseRequest(ticket=data), timeout=RELEASE_SECONDS)
         except (NotFound, FailedPrecondition):
-            self.num_verified = self._num_cached
+            # Copies may be of something else; borrowed blocks are held here, too, so that they are what they were.
+            self.num_verified = self._num_skipped
             raise
 
 

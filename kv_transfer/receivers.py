@@ -8,6 +8,7 @@ from kv_transfer.cuda_ipc import CudaIpcReceiver
 from kv_transfer.grpc_stream import GrpcReceiver
 from kv_transfer.nixl import NixlReceiver
 from kv_transfer.nixl_agent import NixlAgent, nixl_problem
+from kv_transfer.pool import PoolReceiver
 from kv_transfer.shm import ShmReceiver
 from kv_transfer.transport import BlockReceiver
 from kvrelay.control.registry import WorkerRecord
@@ -30,10 +31,20 @@ class Receivers:
     def names(self) -> list[str]:
         """Of the transports that this process can do."""
         within_host = ["cuda_ipc"] if self._cache.device.type == "cuda" else ["shm"]
-        return [*within_host, *(["nixl"] if nixl_problem() is None else []), "grpc"]
+        shared = ["pool"] if self._cache.shared is not None else []
+        return [*shared, *within_host, *(["nixl"] if nixl_problem() is None else []), "grpc"]
 
-    def openers(self, record: WorkerRecord, stub: "kv_pb2_grpc.KvServiceAsyncStub") -> Mapping[str, Opener | str]:
-        """As `kv_transfer.choice.choose_transport` takes them, for one prefill worker."""
+    def openers(
+        self, record: WorkerRecord, stub: "kv_pb2_grpc.KvServiceAsyncStub", shared_pool: bytes
+    ) -> Mapping[str, Opener | str]:
+        """As `kv_transfer.choice.choose_transport` takes them, for one prefill worker.
+
+        Args:
+            shared_pool: as it has answered to Pair.
+        """
+
+        async def pool() -> BlockReceiver:
+            return PoolReceiver.open_pool(shared_pool, self._cache)
 
         async def shm() -> BlockReceiver:
             return await asyncio.to_thread(ShmReceiver.open_pool, record.shm, record.epoch, self._cache)
@@ -52,7 +63,8 @@ class Receivers:
         within_host: dict[str, Opener | str] = (
             {"cuda_ipc": cuda_ipc} if self._cache.device.type == "cuda" else {"shm": shm}
         )
-        return {**within_host, "nixl": nixl_problem() or nixl, "grpc": grpc}
+        shared: dict[str, Opener | str] = {"pool": pool} if self._cache.shared is not None else {}
+        return {**shared, **within_host, "nixl": nixl_problem() or nixl, "grpc": grpc}
 
 
 def _open_nixl(export: kv_pb2.NixlExport, cache: KvCache) -> NixlReceiver:

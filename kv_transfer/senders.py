@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from kv_transfer import cuda_ipc
 from kv_transfer.grpc_stream import GrpcSender
 from kv_transfer.nixl_agent import NixlAgent, nixl_problem
+from kv_transfer.pool import shares_pool
 from kv_transfer.transport import BlockSender, FetchedSender
 from kvrelay.engine.kv_cache import KvCache
 from kvrelay.errors import FailedPrecondition, InvalidArgument
@@ -25,15 +26,16 @@ class Senders:
         self._agent: NixlAgent | None = None
         self._lock = asyncio.Lock()
         self._by_name: Mapping[str, BlockSender] = {
+            **({"pool": FetchedSender()} if cache.shared is not None else {}),
             **({"cuda_ipc": FetchedSender()} if cache.device.type == "cuda" else {}),
             **({"shm": FetchedSender()} if cache.fd is not None else {}),
             **({"nixl": FetchedSender()} if nixl_problem() is None else {}),
             "grpc": GrpcSender(cache),
         }
 
-    @property
-    def names(self) -> list[str]:
-        return list(self._by_name)
+    def names(self, shared_pool: bytes) -> list[str]:
+        """Of those that are offered to a decode worker, which is in this shared pool."""
+        return [name for name in self._by_name if name != "pool" or shares_pool(self._cache, shared_pool)]
 
     def find(self, name: str) -> BlockSender:
         """Raises: InvalidArgument for a transport that is not offered."""

@@ -79,7 +79,8 @@ class KvService(kv_pb2_grpc.KvServiceServicer):
             prefill_epoch=self._leases.epoch,
             layout=layout,
             protocol_version=PROTOCOL_VERSION,
-            transports=self._senders.names,
+            transports=self._senders.names(request.shared_pool),
+            shared_pool=b"" if self._cache.shared is None else self._cache.shared.nonce,
         )
 
     async def Export(self, request: kv_pb2.ExportRequest, context: Any) -> kv_pb2.ExportResponse:

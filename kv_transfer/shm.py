@@ -11,7 +11,6 @@ import mmap
 import os
 import stat
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy
 from numpy.typing import NDArray
@@ -23,14 +22,9 @@ from kvrelay.control.registry import ShmOffer
 from kvrelay.engine.kv_cache import KvCache
 from kvrelay.engine.pool_header import HEADER_BYTES, PoolHeader
 from kvrelay.errors import FailedPrecondition
+from kvrelay.host import host_id
 
-__all__ = ["ShmReceiver", "host_id", "offer_pool"]
-
-
-def host_id() -> str:
-    """Equal for the processes that share a kernel and a pid namespace, so that a pid means the same to them."""
-    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot_id}:{os.stat('/proc/self/ns/pid').st_ino}"
+__all__ = ["ShmReceiver", "offer_pool"]
 
 
 def offer_pool(cache: KvCache) -> ShmOffer | None:

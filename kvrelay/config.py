@@ -20,6 +20,7 @@ from typing import Any
 from kvrelay.errors import ConfigurationError
 
 __all__ = [
+    "AUTO",
     "ClusterSettings",
     "EngineSettings",
     "GatewaySettings",
@@ -34,6 +35,7 @@ __all__ = [
 ENVIRONMENT_PREFIX = "KVRELAY_"
 NOT_SETTINGS = {"KVRELAY_TARGET", "KVRELAY_CONFIG", "KVRELAY_FAILPOINTS"}
 DEMO_MODEL = "demo"
+AUTO = "auto"
 
 
 def setting(
@@ -44,9 +46,14 @@ def setting(
     maximum: float | None = None,
     choices: Sequence[str] = (),
     unit: str = "",
+    bare: str | None = None,
 ) -> Any:
-    """A dataclass field with what its flag, its check and its documentation need. Unit "bytes" takes 512MiB too."""
-    metadata = {"help": help, "minimum": minimum, "maximum": maximum, "choices": choices, "unit": unit}
+    """A dataclass field with what its flag, its check and its documentation need. Unit "bytes" takes 512MiB too.
+
+    Args:
+        bare: what the flag means without a value, if it can be without.
+    """
+    metadata = {"help": help, "minimum": minimum, "maximum": maximum, "choices": choices, "unit": unit, "bare": bare}
     return field(default=default, metadata=metadata)
 
 
@@ -148,6 +155,11 @@ class EngineSettings:
     kv_cache_memory: int = setting(
         0, "size of the KV pool; 0 means 512MiB on a CPU, most of what is free on a GPU", minimum=0, unit="bytes"
     )
+    shared_pool: str = setting(
+        "",
+        "file of a KV pool for all workers of this host, between which no blocks move; `up` makes one if none is named",
+        bare=AUTO,
+    )
     context_length: int = setting(0, "tokens a request may have; 0 means as many as model and pool allow", minimum=0)
     max_num_sequences: int = setting(64, "sequences in the running batch", minimum=1)
     max_batched_tokens: int = setting(512, "tokens computed in one step; longer prompts are chunked", minimum=1)
@@ -173,7 +185,7 @@ class TransferSettings:
     transport: str = setting(
         "auto",
         "how blocks travel; auto takes the fastest that both ends share",
-        choices=("auto", "shm", "nixl", "cuda_ipc", "grpc"),
+        choices=("auto", "pool", "shm", "nixl", "cuda_ipc", "grpc"),
     )
     require_transport: str = setting("", "transports that auto may choose, comma-separated; empty allows all")
     checksum: str = setting(
@@ -213,7 +225,9 @@ def _add_flag(section: Any, spec: "dataclasses.Field[Any]") -> None:
     else:
         unit = spec.metadata["unit"] or ("text" if spec.type is str else "number")
         metavar = "|".join(spec.metadata["choices"]) or unit.upper()
-        section.add_argument(flag, dest=spec.name, default=None, metavar=metavar, help=text)
+        bare = spec.metadata["bare"]
+        count = None if bare is None else "?"
+        section.add_argument(flag, dest=spec.name, default=None, metavar=metavar, help=text, nargs=count, const=bare)
 
 
 def load(flags: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> Settings:

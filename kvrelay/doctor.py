@@ -58,7 +58,8 @@ def _shared_memory() -> Finding:
     between = "nixl or grpc" if importlib.util.find_spec("nixl") else "grpc"
     if not hasattr(os, "memfd_create"):
         return Finding("transport", True, f"{between} only: this system has no memfd for the shm transport")
-    return Finding("transport", True, f"shm between workers on this host, {between} between hosts")
+    within = "shm between workers on this host, by block ids where they share a pool"
+    return Finding("transport", True, f"{within}; {between} between hosts")
 
 
 def _model(name: str) -> str:

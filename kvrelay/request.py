@@ -192,7 +192,7 @@ class LinkStatus:
     """How a prefill worker's blocks reach a decode worker.
 
     Attributes:
-        transport: "cuda_ipc", "shm", "nixl" or "grpc".
+        transport: "pool" (which moves nothing), "cuda_ipc", "shm", "nixl" or "grpc".
         bandwidth: bytes per second, measured; 0 if unknown.
         latency: seconds of a round trip, measured; 0 if unknown.
         fallback: why no faster transport is used; empty if none could be.
@@ -206,7 +206,8 @@ class LinkStatus:
 
     def __str__(self) -> str:
         """For people: `prefill-0 by shm, 3.1 GB/s, 0.4 ms`."""
-        measured = f", {self.bandwidth / 1e9:.1f} GB/s, {self.latency * 1e3:.1f} ms" if self.bandwidth else ""
+        bandwidth = "" if self.transport == "pool" else f", {self.bandwidth / 1e9:.1f} GB/s"
+        measured = f"{bandwidth}, {self.latency * 1e3:.1f} ms" if self.bandwidth else ""
         return f"{self.prefill_worker_id} by {self.transport}{measured}"
 
 

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from kvrelay.client import AsyncClient
-from kvrelay.config import Settings, dump_toml
+from kvrelay.config import AUTO, Settings, dump_toml
 from kvrelay.control.private_redis import PrivateRedis
 from kvrelay.errors import ConfigurationError, KvrelayError
 from kvrelay.request import WorkerState
+from kvrelay.shared_pool import make_pool_file
 
 __all__ = ["Supervisor", "run_directory"]
 
@@ -124,6 +125,8 @@ class Supervisor:
         self._run_dir = run_dir
         self._report = report
         self._redis = None if settings.cluster.redis else PrivateRedis(run_dir / "redis", preexec_fn=die_with_parent)
+        # Held open here: what workers leave in it is there for those that are started anew, and goes with this process.
+        self._pool_fd = make_pool_file() if settings.engine.shared_pool == AUTO else None
         self._settings = self._resolve(settings)
         self._children: list[_Child] = []
 
@@ -159,7 +162,11 @@ class Supervisor:
                 key_file=cluster.key_file or str(self._run_dir / "cluster.key"),
             ),
             gateway=replace(gateway, port=gateway.port or _free_port(cluster.host)),
-            engine=replace(engine, threads=engine.threads or _threads_each(num_workers)),
+            engine=replace(
+                engine,
+                threads=engine.threads or _threads_each(num_workers),
+                shared_pool=engine.shared_pool if self._pool_fd is None else f"/proc/{os.getpid()}/fd/{self._pool_fd}",
+            ),
         )
 
     def _start(self) -> None:
@@ -246,6 +253,8 @@ class Supervisor:
                 _await_end(child, deadline)
         if self._redis is not None:
             self._redis.stop()
+        if self._pool_fd is not None:
+            os.close(self._pool_fd)
 
 
 def _free_port(host: str) -> int:

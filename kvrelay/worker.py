@@ -17,16 +17,18 @@ from kvrelay.control.directory import WorkerDirectory
 from kvrelay.control.registration import Registration
 from kvrelay.control.registry import LinkRecord, ModelInfo, ShmOffer, WorkerLoad, WorkerRecord
 from kvrelay.engine.async_engine import AsyncEngine
-from kvrelay.engine.block_pool import BlockPool
+from kvrelay.engine.block_pool import BlockBooks, BlockPool
 from kvrelay.engine.checkpoint import check_checkpoint, resolve_checkpoint
 from kvrelay.engine.engine import Engine
 from kvrelay.engine.limits import Limits
 from kvrelay.engine.runner import ModelRunner
 from kvrelay.engine.scheduler import Scheduler
+from kvrelay.engine.shared_block_pool import SharedBlockPool
 from kvrelay.errors import FailedPrecondition, Unavailable
 from kvrelay.lifetime import StopRequest, settle
 from kvrelay.request import HeldBlocks, LinkStatus, WorkerRole, WorkerState, WorkerStatus
 from kvrelay.rpc import Server, Service
+from kvrelay.shared_pool import check_shared_pool
 from kvrelay.v1 import worker_pb2, worker_pb2_grpc
 
 __all__ = ["Part", "Resources", "check_epoch", "run_worker"]
@@ -93,6 +95,7 @@ async def run_worker(
         ConfigurationError: before anything was served.
     """
     stopping = StopRequest()
+    check_shared_pool(settings)
     path = resolve_checkpoint(settings.engine.model)
     check_checkpoint(path)
     redis = await connect(settings.cluster.redis)
@@ -172,7 +175,9 @@ def _scheduler(role: WorkerRole, runner: ModelRunner, settings: Settings) -> Sch
         evicts=role is WorkerRole.DECODE,
         itl_limit=settings.engine.itl_limit,
     )
-    return Scheduler(BlockPool(runner.num_blocks), limits)
+    shared = runner.cache.shared
+    pool: BlockBooks = BlockPool(runner.num_blocks) if shared is None else SharedBlockPool(shared)
+    return Scheduler(pool, limits)
 
 
 class _Worker(worker_pb2_grpc.WorkerServiceServicer):
@@ -267,7 +272,7 @@ class _Worker(worker_pb2_grpc.WorkerServiceServicer):
             waiting=load.waiting,
             blocks_total=load.blocks_total,
             blocks_free=load.blocks_free,
-            blocks_held=load.blocks_total - load.blocks_free,
+            blocks_held=load.blocks_held,
             memory_bytes=own_memory(self._runner.cache.size),
             links=tuple(self._part.links()),
             preemptions=load.preemptions,
@@ -293,7 +298,7 @@ class _Worker(worker_pb2_grpc.WorkerServiceServicer):
 def own_memory(pool_bytes: int) -> int:
     """Bytes of this process that are in memory; 0 where the system does not tell.
 
-    Counts of shared memory only the KV pool, and not those of other workers, which a decode worker has mapped.
+    Of shared memory it counts the own KV pool alone: not what a decode worker has mapped of others, nor a shared pool.
     """
     try:
         with open("/proc/self/status") as status:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar
 
 from kvrelay.engine.engine import Engine
@@ -53,8 +54,8 @@ class AsyncEngine:
 
     @property
     def load(self) -> EngineLoad:
-        """As it was after the last step."""
-        return self._engine_loop.load
+        """As it was after the last step; but free blocks as they are, for others may have taken them since."""
+        return replace(self._engine_loop.load, blocks_free=self._pool.num_free)
 
     async def submit(self, sequence: Sequence, listener: Listener) -> None:
         """Queues a sequence. The listener is called on the event loop, in order, until Finished or Failed.
@@ -104,7 +105,7 @@ class AsyncEngine:
             log.debug("request %s ended with the engine: %s", request_id, error)
 
     def generation(self, block_id: int) -> int:
-        """As `BlockPool.generation`, at this moment; may be asked from any thread."""
+        """As `BlockBooks.generation`, at this moment; may be asked from any thread."""
         return self._pool.generation(block_id)
 
     def _deliver(self, output: StepOutput) -> None:

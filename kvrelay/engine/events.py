@@ -21,12 +21,17 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """The sequence has its blocks. `num_cached_blocks` of them, from the first on, hold their content already."""
+    """The sequence has its blocks. `num_cached_blocks` of them, from the first on, hold their content already.
+
+    Attributes:
+        borrowed: they are those in which another worker has its KV cache, and need not be filled.
+    """
 
     request_id: str
     block_ids: tuple[int, ...]
     generations: tuple[int, ...]
     num_cached_blocks: int
+    borrowed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +92,8 @@ class EngineLoad:
 
     Attributes:
         waiting_tokens: tokens that are known but not computed.
+        blocks_free: of the pool, which other processes may share.
+        blocks_held: by this engine.
         preemptions: so far.
         prefill_rate: prompt tokens computed per second, as measured; 0 while unknown.
     """
@@ -96,6 +103,7 @@ class EngineLoad:
     waiting_tokens: int
     blocks_total: int
     blocks_free: int
+    blocks_held: int = 0
     preemptions: int = 0
     prefill_rate: float = 0.0
 

@@ -12,10 +12,11 @@ import torch
 
 from kvrelay.config import EngineSettings
 from kvrelay.engine.kv_layout import KvLayout
+from kvrelay.engine.pool_file import PoolFile
 from kvrelay.engine.pool_header import HEADER_BYTES, PoolHeader
 from kvrelay.errors import ConfigurationError
 
-__all__ = ["HEADER_BYTES", "KvCache", "num_blocks_for"]
+__all__ = ["HEADER_BYTES", "KvCache", "join_shared_pool", "num_blocks_for"]
 
 _DEFAULT_CPU_BYTES = 512 << 20
 _CUDA_FRACTION = 0.85  # of what the weights leave; the rest is for activations
@@ -26,7 +27,8 @@ class KvCache:
 
     On a CPU the pool is a memfd: a header page, then the blocks. All of its pages exist from the start, so that
     resident memory does not grow while the worker serves. Its size is sealed, so that others can map it without fear.
-    On CUDA it is an ordinary device tensor without header.
+    On CUDA it is an ordinary device tensor without header. Of a pool that workers share it is the blocks in their
+    common file.
 
     Attributes:
         tensor: `[num_blocks, layer, 2, slot, kv_head, head_dim]`.
@@ -34,13 +36,14 @@ class KvCache:
             `b * block_stride + s`.
         values: the same for values.
         block_stride: rows from one block to the next.
-        fd: the memfd; None on CUDA and where the system has none.
+        shared: the file that other workers map too; None if the pool is this worker's own.
+        fd: the own pool's memfd; None on CUDA and where the system has none.
         size: bytes behind `fd`, the header included; 0 without fd.
         nonce: 16 random bytes that the header repeats.
     """
 
-    def __init__(self, layout: KvLayout, num_blocks: int, device: torch.device) -> None:
-        """Allocates the pool, all zero.
+    def __init__(self, layout: KvLayout, num_blocks: int, device: torch.device, shared: PoolFile | None = None) -> None:
+        """Allocates the pool, all zero; or takes the blocks of `shared`, which is of this layout and size.
 
         Raises:
             ConfigurationError: there is not enough memory.
@@ -48,10 +51,12 @@ class KvCache:
         self.layout = layout
         self.num_blocks = num_blocks
         self.device = device
+        self.shared = shared
         self.nonce = os.urandom(16)
         self.fd: int | None = None
         self.size = 0
         self._memory: mmap.mmap | None = None
+        self._offset = HEADER_BYTES  # of the first block
         self._bytes = self._allocate(num_blocks * layout.block_bytes).view(num_blocks, layout.block_bytes)
         dtype: torch.dtype = getattr(torch, layout.dtype)
         self.tensor = self._bytes.view(dtype).view(num_blocks, *layout.block_shape)
@@ -62,6 +67,9 @@ class KvCache:
         self.write_header(epoch=0)
 
     def _allocate(self, num_bytes: int) -> torch.Tensor:
+        if self.shared is not None:
+            self._memory, self._offset = self.shared.memory, self.shared.blocks_offset
+            return torch.frombuffer(self._memory, dtype=torch.uint8, offset=self._offset)
         try:
             if self.device.type != "cpu":
                 return torch.zeros(num_bytes, dtype=torch.uint8, device=self.device)
@@ -70,7 +78,7 @@ class KvCache:
             self._memory = self._map(HEADER_BYTES + num_bytes)
         except (OSError, OverflowError, MemoryError, torch.OutOfMemoryError) as error:
             raise ConfigurationError(f"kv_cache_memory: no memory for a pool of {num_bytes >> 20} MiB") from error
-        return torch.frombuffer(self._memory, dtype=torch.uint8, offset=HEADER_BYTES)
+        return torch.frombuffer(self._memory, dtype=torch.uint8, offset=self._offset)
 
     def _map(self, size: int) -> mmap.mmap:
         if sys.platform != "linux":
@@ -83,8 +91,8 @@ class KvCache:
         return mmap.mmap(self.fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
 
     def write_header(self, epoch: int) -> None:
-        """Writes the first page, where there is one."""
-        if self._memory is not None:
+        """Writes the first page of a pool of one's own, where there is one."""
+        if self._memory is not None and self.shared is None:
             header = PoolHeader(self.nonce, epoch, self.layout.digest, self.num_blocks, self.layout.block_bytes)
             packed = header.pack()
             self._memory[: len(packed)] = packed
@@ -116,7 +124,7 @@ class KvCache:
         if self._memory is None:
             raise ValueError("the KV pool is not in the CPU's memory")
         self._check_range(first, count)
-        start = HEADER_BYTES + first * self.layout.block_bytes
+        start = self._offset + first * self.layout.block_bytes
         return memoryview(self._memory)[start : start + count * self.layout.block_bytes]
 
     @property
@@ -138,10 +146,25 @@ class KvCache:
             raise ValueError(f"no blocks {first} to {first + count} in a pool of {self.num_blocks}")
 
     def close(self) -> None:
-        """Closes the memfd. The mapping goes when nobody uses its tensors and views any more."""
+        """Closes the memfd, or leaves the shared pool. The mapping goes when nobody uses its tensors and views."""
+        if self.shared is not None:
+            self.shared.close()
         if self.fd is not None:
             os.close(self.fd)
             self.fd = None
+
+
+def join_shared_pool(settings: EngineSettings, layout: KvLayout, device: torch.device) -> PoolFile | None:
+    """The file of the pool that this worker shares with others of its host; None if it is to have its own.
+
+    Raises:
+        ConfigurationError: as `PoolFile.join`, or it is not in the CPU's memory.
+    """
+    if not settings.shared_pool:
+        return None
+    if device.type != "cpu":
+        raise ConfigurationError(f"shared_pool: only workers on a CPU can share a pool, not on {device.type}")
+    return PoolFile.join(settings.shared_pool, layout, num_blocks_for(settings, layout, device), _check_available)
 
 
 def num_blocks_for(settings: EngineSettings, layout: KvLayout, device: torch.device) -> int:

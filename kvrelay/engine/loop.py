@@ -21,6 +21,8 @@ T = TypeVar("T")
 Letter = tuple["Future[Any]", Callable[[Scheduler], Any]]
 # An idle engine checks its books this often.
 QUIET_SECONDS = 5.0
+# One that waits for blocks of other workers looks for them this often.
+LOOK_SECONDS = 0.005
 
 
 class EngineLoop:
@@ -101,12 +103,14 @@ class EngineLoop:
         try:
             self._execute(self._mailbox.get(block=wait, timeout=self._patience()))
         except queue.Empty:
-            if wait:
+            if wait and not self._engine.scheduler.waits_for_others:
                 self._engine.scheduler.check_integrity()
         while not self._mailbox.empty():
             self._execute(self._mailbox.get())
 
     def _patience(self) -> float:
+        if self._engine.scheduler.waits_for_others:
+            return LOOK_SECONDS
         deadline = self._engine.scheduler.next_deadline
         return QUIET_SECONDS if deadline is None else min(QUIET_SECONDS, max(0.0, deadline - self._engine.clock()))
 

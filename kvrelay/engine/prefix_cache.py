@@ -1,6 +1,6 @@
 """Which blocks of a sequence others may share, and which of others' blocks it may."""
 
-from kvrelay.engine.block_pool import BlockPool
+from kvrelay.engine.block_pool import BlockBooks
 from kvrelay.engine.prefix import block_digests, root_digest
 from kvrelay.engine.sequence import Role, Sequence
 
@@ -16,7 +16,7 @@ class PrefixCache:
         enabled: if not, nothing is named, and nothing found.
     """
 
-    def __init__(self, pool: BlockPool, block_size: int, model_digest: bytes, enabled: bool) -> None:
+    def __init__(self, pool: BlockBooks, block_size: int, model_digest: bytes, enabled: bool) -> None:
         self._pool = pool
         self._block_size = block_size
         self._model_digest = model_digest
@@ -38,8 +38,9 @@ class PrefixCache:
         sequence.num_computed_tokens = num_computed_tokens
         if self._enabled and end > first:
             self._extend_digests(sequence, num_computed_tokens)
-            for index in range(first, end):
-                self._pool.name(sequence.block_table[index], sequence.digests[index])
+            with self._pool.locked():
+                for index in range(first, end):
+                    self._pool.name(sequence.block_table[index], sequence.digests[index])
 
     def _extend_digests(self, sequence: Sequence, num_tokens: int) -> None:
         """Extends the sequence's digests to all full blocks of its first `num_tokens` tokens."""

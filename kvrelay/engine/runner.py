@@ -17,7 +17,7 @@ from kvrelay.engine.feed import choose_feed
 from kvrelay.engine.kernels import choose_kernels
 from kvrelay.engine.kernels.interface import Kernels
 from kvrelay.engine.kernels.reference import ReferenceKernels
-from kvrelay.engine.kv_cache import KvCache, num_blocks_for
+from kvrelay.engine.kv_cache import KvCache, join_shared_pool, num_blocks_for
 from kvrelay.engine.kv_layout import KvLayout
 from kvrelay.engine.models.registry import inspect_model, load_model
 from kvrelay.engine.models.spec import Model, ModelSpec
@@ -105,8 +105,9 @@ class ModelRunner:
             num_kv_heads=spec.num_kv_heads,
             head_dim=spec.head_dim,
         )
+        shared = join_shared_pool(settings, layout, device)
         model = load_model(path, spec, device, getattr(torch, dtype), settings.quantization)
-        cache = KvCache(layout, num_blocks_for(settings, layout, device), device)
+        cache = KvCache(layout, num_blocks_for(settings, layout, device), device, shared)
         kernels = choose_kernels(device, getattr(torch, dtype), spec.head_dim)
         return cls(model, spec, cache, kernels, _context_length(settings, spec, cache), settings)
 

@@ -11,6 +11,9 @@ to bring what every step brings: the KV cache of its chunks, and one token of wh
 What is told to others waits for the commit: names of cached blocks, progress, tokens, handovers. Of a sequence that
 ends meanwhile one token too many is computed, and dropped; its blocks are free when no step in flight writes to them.
 
+Where several workers share the pool, others take its blocks and give them back at any time. So the books are locked
+while a step is planned, and whoever waits for blocks looks again by itself.
+
 What is decided here is entered in three books: where sequences stand (`SequenceTable`), which prefixes are cached
 (`PrefixCache`), and whose time is up when (`Deadlines`).
 """
@@ -19,7 +22,7 @@ from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 
-from kvrelay.engine.block_pool import BlockPool
+from kvrelay.engine.block_pool import BlockBooks
 from kvrelay.engine.deadlines import Deadlines
 from kvrelay.engine.events import (
     Admitted,
@@ -62,7 +65,7 @@ class Scheduler:
         ValueError: a sequence of the context's length would not fit the pool, and would wait in it for ever.
     """
 
-    def __init__(self, pool: BlockPool, limits: Limits) -> None:
+    def __init__(self, pool: BlockBooks, limits: Limits) -> None:
         if limits.context_length > pool.num_blocks * limits.block_size:
             capacity = f"{pool.num_blocks} blocks of {limits.block_size}"
             raise ValueError(f"a context of {limits.context_length} tokens does not fit {capacity}")
@@ -82,6 +85,11 @@ class Scheduler:
         """When `schedule` must be called at the latest, even if nothing else happens."""
         return self._deadlines.earliest
 
+    @property
+    def waits_for_others(self) -> bool:
+        """Whether `schedule` may find work although nobody has told anything: others may have given blocks back."""
+        return self.pool.shared and bool(self._table.waiting)
+
     def load(self) -> EngineLoad:
         table = self._table
         return EngineLoad(
@@ -90,6 +98,7 @@ class Scheduler:
             waiting_tokens=table.num_waiting_tokens + sum(s.num_uncomputed_tokens for s in table.running.values()),
             blocks_total=self.pool.num_blocks,
             blocks_free=self.pool.num_free,
+            blocks_held=self.pool.num_held,
             preemptions=self._num_preemptions,
             prefill_rate=self._budget.prefill_rate,
         )
@@ -179,10 +188,12 @@ class Scheduler:
         """
         self._expire(now)
         budget = self._budget.num_tokens(self._table.num_decoding)
-        chunks = self._schedule_running(budget)
-        if chunks is not None:
-            budget -= sum(chunk.length for chunk in chunks)
-            chunks += self._schedule_waiting(budget, now)
+        with self.pool.locked():
+            chunks = self._schedule_running(budget)
+            if chunks is not None:
+                budget -= sum(chunk.length for chunk in chunks)
+                chunks += self._schedule_waiting(budget, now)
+            self.pool.expect_growth(len(self._table.running))
         events, self._events = self._events, []
         return chunks or [], events
 
@@ -286,7 +297,31 @@ class Scheduler:
         return chunks
 
     def _admit(self, sequence: Sequence, now: float) -> bool:
-        """Reserves blocks for all tokens known; False if there are too few."""
+        """Gives the sequence blocks for all tokens known; False if there are too few."""
+        borrowed = self._borrow(sequence)
+        if not borrowed and not self._reserve(sequence):
+            return False
+        sequence.held_since = now
+        blocks, num_cached = tuple(sequence.block_table), sequence.num_computed_tokens // self.limits.block_size
+        generations = tuple(map(self.pool.generation, blocks))
+        self._events.append(Admitted(sequence.request_id, blocks, generations, num_cached, borrowed))
+        if sequence.role is Role.DECODE:
+            self._table.transfer(sequence)
+        else:
+            self._table.run(sequence)
+        return True
+
+    def _borrow(self, sequence: Sequence) -> bool:
+        """Holds the blocks in which another worker has its KV cache, if it may have them, and they are still that."""
+        borrowed, sequence.borrowed = sequence.borrowed, None
+        if borrowed is None or len(borrowed.block_ids) != self._blocks_for(len(sequence.token_ids)):
+            return False
+        if not self.pool.join(borrowed.block_ids, borrowed.generations):
+            return False
+        sequence.block_table = list(borrowed.block_ids)
+        return True
+
+    def _reserve(self, sequence: Sequence) -> bool:
         cached = self._prefixes.find(sequence)
         idle = sum(self.pool.is_free(block) for block in cached)
         fresh = self._blocks_for(len(sequence.token_ids)) - len(cached)
@@ -295,18 +330,11 @@ class Scheduler:
         self.pool.share(cached)
         sequence.block_table = cached + self.pool.allocate(fresh)
         sequence.num_computed_tokens = len(cached) * self.limits.block_size
-        sequence.held_since = now
-        generations = tuple(self.pool.generation(block) for block in sequence.block_table)
-        self._events.append(Admitted(sequence.request_id, tuple(sequence.block_table), generations, len(cached)))
-        if sequence.role is Role.DECODE:
-            self._table.transfer(sequence)
-        else:
-            self._table.run(sequence)
         return True
 
     def _watermark(self) -> int:
         """Blocks that admission leaves to sequences that already run, lest they be preempted at once."""
-        return min(len(self._table.running), self.pool.num_blocks // 16)
+        return min(self.pool.expect_growth(len(self._table.running)), self.pool.num_blocks // 16)
 
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.limits.block_size)

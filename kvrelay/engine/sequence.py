@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from kvrelay.request import FinishReason, Request
 
-__all__ = ["Chunk", "Role", "Sequence", "SequenceState"]
+__all__ = ["BorrowedBlocks", "Chunk", "Role", "Sequence", "SequenceState"]
 
 
 class Role(enum.Enum):
@@ -39,6 +39,21 @@ class SequenceState(enum.Enum):
     FINISHED = "finished"
 
 
+@dataclass(frozen=True, slots=True)
+class BorrowedBlocks:
+    """Blocks of a shared pool in which another worker has, or computes, a sequence's KV cache.
+
+    They are held by both until one gives up, so that nobody else can have them. Who borrows does not write to them
+    before the other has ended its lease: the last one may be half full.
+
+    Attributes:
+        generations: that the blocks have, unless they mean something else by now.
+    """
+
+    block_ids: tuple[int, ...]
+    generations: tuple[int, ...]
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """Mutable; owned by the engine's thread.
@@ -56,6 +71,7 @@ class Sequence:
         num_sampling_tokens: tokens after `token_ids` that steps in flight sample.
         block_table: block of slot i is `block_table[i // block_size]`. It only grows; other blocks are another list.
         slot: number of its place among the running sequences; -1 while it does not run.
+        borrowed: of Role.DECODE, the blocks to hold instead of own ones; None when it has been admitted.
         leaving: it goes on elsewhere as soon as it has a token that another worker can go on from.
         digests: names of the full blocks that have been named or looked up, from the first on.
     """
@@ -71,6 +87,7 @@ class Sequence:
     num_sampling_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
     slot: int = -1
+    borrowed: BorrowedBlocks | None = None
     leaving: bool = False
     digests: list[bytes] = field(default_factory=list)
     held_since: float = 0.0

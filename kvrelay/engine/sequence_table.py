@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from itertools import chain
 
-from kvrelay.engine.block_pool import BlockPool
+from kvrelay.engine.block_pool import BlockBooks
 from kvrelay.engine.events import HeldBlocks
 from kvrelay.engine.sequence import Chunk, Role, Sequence, SequenceState
 
@@ -26,7 +26,7 @@ class SequenceTable:
         num_waiting_tokens: tokens of `waiting` that will be computed here.
     """
 
-    def __init__(self, pool: BlockPool, num_slots: int) -> None:
+    def __init__(self, pool: BlockBooks, num_slots: int) -> None:
         self.sequences: dict[str, Sequence] = {}
         self.waiting: OrderedDict[str, Sequence] = OrderedDict()
         self.running: dict[str, Sequence] = {}

@@ -61,32 +61,36 @@ class SignedTicket(_message.Message):
     def __init__(self, ticket: _Optional[bytes] = ..., mac: _Optional[bytes] = ...) -> None: ...
 
 class PairRequest(_message.Message):
-    __slots__ = ("decode_worker_id", "decode_epoch", "layout", "protocol_version", "transports")
+    __slots__ = ("decode_worker_id", "decode_epoch", "layout", "protocol_version", "transports", "shared_pool")
     DECODE_WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     DECODE_EPOCH_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
+    SHARED_POOL_FIELD_NUMBER: _ClassVar[int]
     decode_worker_id: str
     decode_epoch: int
     layout: KvLayout
     protocol_version: int
     transports: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, decode_worker_id: _Optional[str] = ..., decode_epoch: _Optional[int] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., protocol_version: _Optional[int] = ..., transports: _Optional[_Iterable[str]] = ...) -> None: ...
+    shared_pool: bytes
+    def __init__(self, decode_worker_id: _Optional[str] = ..., decode_epoch: _Optional[int] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., protocol_version: _Optional[int] = ..., transports: _Optional[_Iterable[str]] = ..., shared_pool: _Optional[bytes] = ...) -> None: ...
 
 class PairResponse(_message.Message):
-    __slots__ = ("prefill_worker_id", "prefill_epoch", "layout", "protocol_version", "transports")
+    __slots__ = ("prefill_worker_id", "prefill_epoch", "layout", "protocol_version", "transports", "shared_pool")
     PREFILL_WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     PREFILL_EPOCH_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
+    SHARED_POOL_FIELD_NUMBER: _ClassVar[int]
     prefill_worker_id: str
     prefill_epoch: int
     layout: KvLayout
     protocol_version: int
     transports: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, prefill_worker_id: _Optional[str] = ..., prefill_epoch: _Optional[int] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., protocol_version: _Optional[int] = ..., transports: _Optional[_Iterable[str]] = ...) -> None: ...
+    shared_pool: bytes
+    def __init__(self, prefill_worker_id: _Optional[str] = ..., prefill_epoch: _Optional[int] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., protocol_version: _Optional[int] = ..., transports: _Optional[_Iterable[str]] = ..., shared_pool: _Optional[bytes] = ...) -> None: ...
 
 class ExportRequest(_message.Message):
     __slots__ = ("transport",)

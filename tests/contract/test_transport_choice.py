@@ -66,7 +66,7 @@ async def test_the_fastest_comes_first(count: int) -> None:
 
 
 async def test_the_order() -> None:
-    assert FASTEST_FIRST == ("cuda_ipc", "shm", "nixl", "grpc")
+    assert FASTEST_FIRST == ("pool", "cuda_ipc", "shm", "nixl", "grpc")
 
 
 async def test_why_each_faster_one_was_passed_over(caplog: pytest.LogCaptureFixture) -> None:

@@ -24,10 +24,11 @@ from transport_kit import (
     until,
 )
 
-from kv_transfer.shm import ShmReceiver, host_id, offer_pool
+from kv_transfer.shm import ShmReceiver, offer_pool
 from kv_transfer.transport import TransferFailed
 from kvrelay.engine.kv_cache import KvCache
 from kvrelay.errors import FailedPrecondition
+from kvrelay.host import host_id
 from kvrelay.wire import error_to_status
 from kvrelay.worker import own_memory
 

@@ -25,6 +25,7 @@ from kvrelay.control.membership import WorkerEntry
 from kvrelay.control.registry import ModelInfo, WorkerLoad, WorkerRecord
 from kvrelay.engine.kv_cache import KvCache
 from kvrelay.engine.kv_layout import KvLayout
+from kvrelay.engine.pool_file import PoolFile
 from kvrelay.request import WorkerRole, WorkerState
 from kvrelay.rpc import Server, Service
 from kvrelay.v1 import kv_pb2, kv_pb2_grpc
@@ -44,9 +45,9 @@ Tamper = Callable[[kv_pb2.PullResponse], Sequence[kv_pb2.PullResponse]]
 class Prefill:
     """A prefill worker whose engine the test plays: it grants blocks and says which are final."""
 
-    def __init__(self, layout: KvLayout = LAYOUT, num_blocks: int = NUM_BLOCKS) -> None:
+    def __init__(self, layout: KvLayout = LAYOUT, num_blocks: int = NUM_BLOCKS, shared: PoolFile | None = None) -> None:
         self.now = 1000.0
-        self.cache = KvCache(layout, num_blocks, torch.device("cpu"))
+        self.cache = KvCache(layout, num_blocks, torch.device("cpu"), shared)
         self.cache.tensor.copy_(torch.randn(self.cache.tensor.shape))
         self.cache.write_header(EPOCH)
         self.generations = [3] * num_blocks
@@ -141,9 +142,10 @@ class Decode:
         key: bytes = KEY,
         required: Sequence[str] = (),
         worker_id: str = "decode-0",
+        shared: PoolFile | None = None,
     ) -> None:
         self.registry = registry
-        self.cache = KvCache(layout, NUM_BLOCKS, torch.device("cpu"))
+        self.cache = KvCache(layout, NUM_BLOCKS, torch.device("cpu"), shared)
         self.links = Links(registry, worker_id, self.cache, preference, required)
         self.puller = Puller(self.links, self.cache, key, checksum)
 

@@ -1,4 +1,4 @@
-"""Token for token what transformers gives, in float32 at temperature 0, through real processes and both transports."""
+"""Token for token what transformers gives, in float32 at temperature 0, through real processes and transports."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -62,6 +62,8 @@ def rounds_with_preemption(cluster: Cluster, prompts: Sequence[Prompt], at_least
 @pytest.mark.parametrize(
     ("architecture", "transport", "prefill", "decode"),
     [
+        ("llama", "pool", 1, 2),
+        ("qwen3", "pool", 2, 2),
         ("llama", "shm", 2, 2),
         ("llama", "grpc", 1, 1),
         ("mistral", "shm", 2, 2),
@@ -78,6 +80,7 @@ def test_tokens_are_those_of_transformers(
     model = make_checkpoint(tmp_path / architecture, architecture)
     settings = {
         "transport": transport,
+        "shared_pool": "auto" if transport == "pool" else "",
         "block_size": BLOCK_SIZE,
         "num_blocks": NUM_BLOCKS,
         "max_batched_tokens": TOKENS_PER_STEP,

@@ -30,7 +30,7 @@ from scheduling import GARBAGE, Bench
 from kv_transfer.handover import EndReason, Handover
 from kv_transfer.tickets import open_ticket, sign_ticket
 from kvrelay.engine.events import Admitted, Event, Finished, Progress, Sampled
-from kvrelay.engine.sequence import Role, Sequence, SequenceState
+from kvrelay.engine.sequence import BorrowedBlocks, Role, Sequence, SequenceState
 from kvrelay.errors import Cancelled, FailedPrecondition, KvrelayError, NotFound, PermissionDenied, Unavailable
 
 which = st.integers(0, 1000)
@@ -52,7 +52,8 @@ class HandoverMachine(RuleBasedStateMachine):
         self.prefill = PrefillWorker(self.bench(prefill_blocks), epoch=1)
         self.decodes = [DecodeWorker(self.bench(decode_blocks)) for _ in range(2)]
         self.lives: list[Life] = []
-        self.num_adopted = self.num_recomputed = self.num_refused = self.num_taken_from_another = 0
+        self.num_adopted = self.num_recomputed = self.num_refused = 0
+        self.num_taken_from_another = self.num_borrowed = 0
 
     def bench(self, num_blocks: int) -> Bench:
         return Bench(
@@ -152,8 +153,13 @@ class HandoverMachine(RuleBasedStateMachine):
         waiting = [life for life in waiting if all(taking.decode is not decode for taking in life.takings)]
         for life in self.one(index, [life for life in waiting if life.spec.request_id not in decode.takings]):
             taking = Taking(life, decode, self.add(decode.bench, life.spec, Role.DECODE))
+            taking.sequence.borrowed = self.borrowed(life)
             decode.takings[life.spec.request_id] = taking
             life.takings.append(taking)
+
+    def borrowed(self, life: Life) -> BorrowedBlocks | None:
+        """What the sequence may hold instead of blocks of its own."""
+        return None
 
     @rule(times=st.integers(1, 4))
     def step_decode(self, times: int) -> None:
@@ -165,7 +171,9 @@ class HandoverMachine(RuleBasedStateMachine):
                     continue
                 if isinstance(event, Admitted) and taking.admitted is None:
                     taking.admitted = event
-                    taking.num_announced = taking.num_verified = event.num_cached_blocks
+                    taking.num_verified = event.num_cached_blocks
+                    taking.num_announced = len(event.block_ids) if event.borrowed else event.num_cached_blocks
+                    self.num_borrowed += event.borrowed
                 elif isinstance(event, Finished):
                     self.finish(taking)
 
@@ -237,6 +245,9 @@ class HandoverMachine(RuleBasedStateMachine):
             assert taking.pull is not None
             token, held = taking.pull.first_token_id, self.is_live(life)
             assert token is not None
+            assert taking.admitted is not None
+            if taking.admitted.borrowed:
+                taking.num_verified = len(taking.admitted.block_ids)
             try:
                 if loss is not Loss.REQUEST:
                     self.prefill.leases.release(open_ticket(life.signed, KEY), self.now)
@@ -247,8 +258,8 @@ class HandoverMachine(RuleBasedStateMachine):
                 if loss is not Loss.NONE:
                     raise Unavailable("no answer")
             except (NotFound, FailedPrecondition) as error:
-                assert taking.admitted is not None
-                taking.num_verified = taking.admitted.num_cached_blocks
+                if not taking.admitted.borrowed:
+                    taking.num_verified = taking.admitted.num_cached_blocks
                 self.fail(taking, error)
             except Unavailable as error:
                 self.fail(taking, error)

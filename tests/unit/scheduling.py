@@ -7,7 +7,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from kvrelay.engine.block_pool import BlockPool
+from kvrelay.engine.block_pool import BlockBooks, BlockPool
 from kvrelay.engine.engine import Launched
 from kvrelay.engine.events import Admitted, Event, Failed, Finished, Progress, Sampled
 from kvrelay.engine.limits import Limits
@@ -77,10 +77,12 @@ class FakeModel:
     It computes a step as late as a device may: when somebody waits for its tokens.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, overlaps: bool = False) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, overlaps: bool = False, slots: list[list[int]] | None = None
+    ) -> None:
         self.block_size = block_size
         self.overlaps = overlaps
-        self.slots = [[GARBAGE] * block_size for _ in range(num_blocks)]
+        self.slots = [[GARBAGE] * block_size for _ in range(num_blocks)] if slots is None else slots
         self.num_computed = 0
         self._last_tokens: dict[Sequence, int] = {}
 
@@ -131,7 +133,8 @@ class FakeModel:
 class Bench:
     """Keeps all events, and per request its tokens and how it ended.
 
-    With `overlap`, each step is committed after the next has been scheduled.
+    With `overlap`, each step is committed after the next has been scheduled. Workers that share a pool have a `pool`
+    with the same books, and the same `slots`.
     """
 
     def __init__(
@@ -145,6 +148,8 @@ class Bench:
         prefix_caching: bool = True,
         overlap: bool = False,
         itl_limit: float = 0.0,
+        pool: BlockBooks | None = None,
+        slots: list[list[int]] | None = None,
     ) -> None:
         limits = Limits(
             max_num_sequences=max_num_sequences,
@@ -155,8 +160,8 @@ class Bench:
             prefix_caching=prefix_caching,
             itl_limit=itl_limit,
         )
-        self.scheduler = Scheduler(BlockPool(num_blocks), limits)
-        self.model = FakeModel(num_blocks, block_size, overlap)
+        self.scheduler = Scheduler(pool or BlockPool(num_blocks), limits)
+        self.model = FakeModel(num_blocks, block_size, overlap, slots)
         self.in_flight: deque[tuple[list[Chunk], Launched]] = deque()
         self.now = 0.0
         self.sequences: dict[str, Sequence] = {}
@@ -165,7 +170,7 @@ class Bench:
         self.ends: defaultdict[str, list[Finished | Failed]] = defaultdict(list)
 
     @property
-    def pool(self) -> BlockPool:
+    def pool(self) -> BlockBooks:
         return self.scheduler.pool
 
     def add(

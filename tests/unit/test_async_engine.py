@@ -150,3 +150,11 @@ async def test_a_listener_that_fails_ends_its_own_request_only(engine: AsyncEngi
     await engine.submit(sequence("healthy"), healthy)
     assert await healthy.tokens() == [6, 7, 8, 9]
     await failing.tokens()
+
+
+async def test_free_blocks_are_told_as_they_are(engine: AsyncEngine) -> None:
+    """Of a pool that is shared others take some while this engine sleeps."""
+    taken = engine._pool.allocate(3)
+    assert (engine.load.blocks_total, engine.load.blocks_free) == (32, 29)
+    engine._pool.release(taken)
+    assert engine.load.blocks_free == 32

@@ -163,7 +163,10 @@ def error_of(flags: dict[str, Any], environment: dict[str, str] | None = None) -
         ('[transfer]\nlease_seconds = "x"', "[transfer] lease_seconds: 'x' is not a number"),
         ("[transfer]\nlease_seconds = 1" + "0" * 400, "is not a number"),
         ('[transfer]\ntransport = "gprc"', "[transfer] transport: 'gprc' is not a choice; did you mean grpc?"),
-        ('[transfer]\ntransport = "pigeon"', "'pigeon' is not a choice; valid are auto, cuda_ipc, grpc, nixl, shm"),
+        (
+            '[transfer]\ntransport = "pigeon"',
+            "'pigeon' is not a choice; valid are auto, cuda_ipc, grpc, nixl, pool, shm",
+        ),
         ("[engine]\nkv_cache_memory = 1.5", "[engine] kv_cache_memory: 1.5 is not a number of bytes, such as 512MiB"),
         ("[engine]\nkv_cache_memory = -1", "[engine] kv_cache_memory: -1 is too small; the least is 0"),
         ('[engine]\nkv_cache_memory = "5 apples"', "'5 apples' is not a number of bytes"),

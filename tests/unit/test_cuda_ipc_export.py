@@ -8,10 +8,10 @@ import torch
 from kv_transfer import cuda_ipc
 from kv_transfer.cuda_ipc import CudaIpcReceiver, check_export, export_pool
 from kv_transfer.senders import Senders
-from kv_transfer.shm import host_id
 from kvrelay.engine.kv_cache import KvCache
 from kvrelay.engine.kv_layout import KvLayout
 from kvrelay.errors import FailedPrecondition
+from kvrelay.host import host_id
 from kvrelay.v1 import kv_pb2
 
 LAYOUT = KvLayout(b"m" * 32, "float32", block_size=16, num_layers=1, num_kv_heads=1, head_dim=8)

@@ -6,10 +6,12 @@ from random import Random
 
 import pytest
 from handing_over import CHOICES, WAITS, HandoverMachine, Loss, Side, Spec
+from handing_over_shared import SharedHandoverMachine
 from hypothesis import HealthCheck, settings
 
 TestHandoverMachine = HandoverMachine.TestCase
-TestHandoverMachine.settings = settings(
+TestSharedHandoverMachine = SharedHandoverMachine.TestCase
+TestHandoverMachine.settings = TestSharedHandoverMachine.settings = settings(
     max_examples=40,
     stateful_step_count=60,
     derandomize=True,
@@ -64,8 +66,8 @@ def disturb(machine: HandoverMachine, random: Random, index: int) -> None:
             machine.restart()
 
 
-def long_life(seed: int) -> HandoverMachine:
-    random, machine = Random(seed), HandoverMachine()
+def long_life(seed: int, kind: type[HandoverMachine]) -> HandoverMachine:
+    random, machine = Random(seed), kind()
     machine.begin(random.randint(8, 14), random.randint(8, 20), random.randint(1, 12), seed % 2 == 0)
     for _ in range(600):
         random_act(machine, random)
@@ -74,11 +76,14 @@ def long_life(seed: int) -> HandoverMachine:
     return machine
 
 
+@pytest.mark.parametrize("kind", [HandoverMachine, SharedHandoverMachine])
 @pytest.mark.parametrize("first", range(0, 60, 10))
-def test_long_lives(first: int) -> None:
+def test_long_lives(first: int, kind: type[HandoverMachine]) -> None:
     """The same acts at random, which reaches fuller workers; and it is seen that all that matters did happen."""
-    machines = [long_life(seed) for seed in range(first, first + 10)]
+    machines = [long_life(seed, kind) for seed in range(first, first + 10)]
     assert sum(machine.num_adopted for machine in machines) > 50
+    num_borrowed = sum(machine.num_borrowed for machine in machines)
+    assert num_borrowed > 50 if kind is SharedHandoverMachine else num_borrowed == 0
     assert sum(machine.num_recomputed for machine in machines) > 20
     assert sum(machine.num_refused for machine in machines) > 20
     assert sum(machine.num_taken_from_another for machine in machines) > 10

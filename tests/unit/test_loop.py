@@ -3,6 +3,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Items
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from kvrelay.engine.scheduler import Scheduler
 from kvrelay.engine.sequence import Chunk, Role, Sequence
 from kvrelay.errors import AlreadyExists, DeadlineExceeded, Unavailable
 from kvrelay.request import Request, Sampling
+from tests.unit.shared_pools import joined
 
 SOON = 10.0  # seconds after which a test gives up
 dies = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -162,6 +164,23 @@ def test_an_idle_loop_sleeps(rig: Rig) -> None:
     assert rig.steps_within(0.2) <= 1
     rig.add("b")
     rig.wait_for(Finished, "b")
+
+
+def test_a_loop_that_waits_for_blocks_sees_when_another_process_frees_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop_module, "QUIET_SECONDS", 1000.0)
+    with joined(tmp_path / "pool", 4) as pool, joined(tmp_path / "pool", 4) as other:
+        taken = other.allocate(4)
+        rig = Rig(num_blocks=4, pool=pool)
+        rig.loop.start()
+        sequence = rig.add("a")
+        rig.loop.tell(lambda _: None).result(SOON)
+        assert rig.loop.load.waiting == 1
+        other.release(taken)
+        rig.wait_for(Finished, "a")
+        rig.loop.stop()
+        assert rig.tokens("a") == rig.bench.expected(sequence)
 
 
 def test_an_idle_loop_wakes_for_a_deadline(rig: Rig) -> None:
