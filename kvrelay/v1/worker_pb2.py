@@ -25,19 +25,13 @@ _sym_db = _symbol_database.Default()
 from kvrelay.v1 import inference_pb2 as kvrelay_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17kvrelay/v1/worker.proto\x12\nkvrelay.v1\x1a\x1akvrelay/v1/inference.proto\"\xab\x01\n\x0cSequenceSpec\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12&\n\x08sampling\x18\x03 \x01(\x0b\x32\x14.kvrelay.v1.Sampling\x12\x12\n\ncache_salt\x18\x04 \x01(\t\x12\x13\n\x0btraceparent\x18\x05 \x01(\t\x12\x1c\n\x14\x63ompletion_token_ids\x18\x06 \x03(\r\"\xaa\x01\n\x08Sampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x02\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\r\n\x05min_p\x18\x05 \x01(\x02\x12\x0c\n\x04seed\x18\x06 \x01(\x06\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x15\n\x08logprobs\x18\x08 \x01(\rH\x00\x88\x01\x01\x42\x0b\n\t_logprobs\"\x83\x01\n\x0ePrefillRequest\x12*\n\x08sequence\x18\x01 \x01(\x0b\x32\x18.kvrelay.v1.SequenceSpec\x12\x14\n\x0cworker_epoch\x18\x02 \x01(\x04\x12\x1b\n\x13\x61nnounce_last_chunk\x18\x03 \x01(\x08\x12\x12\n\ngateway_id\x18\x04 \x01(\t\"\xa0\x01\n\x0fPrefillResponse\x12(\n\x08\x61\x64mitted\x18\x01 \x01(\x0b\x32\x14.kvrelay.v1.AdmittedH\x00\x12-\n\x0b\x66irst_token\x18\x02 \x01(\x0b\x32\x16.kvrelay.v1.FirstTokenH\x00\x12+\n\nlast_chunk\x18\x03 \x01(\x0b\x32\x15.kvrelay.v1.LastChunkH\x00\x42\x07\n\x05\x65vent\"\x1a\n\x08\x41\x64mitted\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\"\x0b\n\tLastChunk\"\xbb\x01\n\nFirstToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12+\n\x08logprobs\x18\x02 \x01(\x0b\x32\x19.kvrelay.v1.TokenLogprobs\x12/\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x18.kvrelay.v1.FinishReason\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\x12\x15\n\rprefill_queue\x18\x05 \x01(\x01\x12\x0f\n\x07prefill\x18\x06 \x01(\x01\"\x85\x01\n\rDecodeRequest\x12*\n\x08sequence\x18\x01 \x01(\x0b\x32\x18.kvrelay.v1.SequenceSpec\x12\x0e\n\x06ticket\x18\x02 \x01(\x0c\x12\x12\n\ngateway_id\x18\x03 \x01(\t\x12\x0e\n\x06handle\x18\x04 \x01(\r\x12\x14\n\x0cworker_epoch\x18\x05 \x01(\x04\"\xb9\x02\n\x0e\x44\x65\x63odeResponse\x12/\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x18.kvrelay.v1.FinishReason\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x10\n\x08transfer\x18\x03 \x01(\x01\x12\x14\n\x0c\x64\x65\x63ode_queue\x18\x04 \x01(\x01\x12\x19\n\x11\x66irst_decode_step\x18\x05 \x01(\x01\x12\x0e\n\x06ticket\x18\x06 \x01(\x0c\x12\x1e\n\rprefill_queue\x18\x07 \x01(\x01\x42\x02\x18\x01H\x00\x88\x01\x01\x12\x18\n\x07prefill\x18\x08 \x01(\x01\x42\x02\x18\x01H\x01\x88\x01\x01\x12\x1e\n\rcached_tokens\x18\t \x01(\rB\x02\x18\x01H\x02\x88\x01\x01\x42\x10\n\x0e_prefill_queueB\n\n\x08_prefillB\x10\n\x0e_cached_tokens\"?\n\x13StreamFramesRequest\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x14\n\x0cworker_epoch\x18\x02 \x01(\x04\"E\n\x14StreamFramesResponse\x12-\n\tsequences\x18\x01 \x03(\x0b\x32\x1a.kvrelay.v1.SequenceTokens\"\xa4\x01\n\x0eSequenceTokens\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x13\n\x0b\x66irst_index\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12+\n\x08logprobs\x18\x04 \x03(\x0b\x32\x19.kvrelay.v1.TokenLogprobs\x12-\n\x0clocal_prompt\x18\x05 \x01(\x0b\x32\x17.kvrelay.v1.LocalPrompt\"L\n\x0bLocalPrompt\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\x12\x15\n\rprefill_queue\x18\x02 \x01(\x01\x12\x0f\n\x07prefill\x18\x03 \x01(\x01\"\x12\n\x10GetStatusRequest\"c\n\x11GetStatusResponse\x12(\n\x06status\x18\x01 \x01(\x0b\x32\x18.kvrelay.v1.WorkerStatus\x12$\n\x04held\x18\x02 \x03(\x0b\x32\x16.kvrelay.v1.HeldBlocks2V\n\x0ePrefillService\x12\x44\n\x07Prefill\x12\x1a.kvrelay.v1.PrefillRequest\x1a\x1b.kvrelay.v1.PrefillResponse0\x01\x32\xa5\x01\n\rDecodeService\x12?\n\x06\x44\x65\x63ode\x12\x19.kvrelay.v1.DecodeRequest\x1a\x1a.kvrelay.v1.DecodeResponse\x12S\n\x0cStreamFrames\x12\x1f.kvrelay.v1.StreamFramesRequest\x1a .kvrelay.v1.StreamFramesResponse0\x01\x32Y\n\rWorkerService\x12H\n\tGetStatus\x12\x1c.kvrelay.v1.GetStatusRequest\x1a\x1d.kvrelay.v1.GetStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17kvrelay/v1/worker.proto\x12\nkvrelay.v1\x1a\x1akvrelay/v1/inference.proto\"\xab\x01\n\x0cSequenceSpec\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12&\n\x08sampling\x18\x03 \x01(\x0b\x32\x14.kvrelay.v1.Sampling\x12\x12\n\ncache_salt\x18\x04 \x01(\t\x12\x13\n\x0btraceparent\x18\x05 \x01(\t\x12\x1c\n\x14\x63ompletion_token_ids\x18\x06 \x03(\r\"\xaa\x01\n\x08Sampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x02\x12\r\n\x05top_p\x18\x03 \x01(\x02\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\r\n\x05min_p\x18\x05 \x01(\x02\x12\x0c\n\x04seed\x18\x06 \x01(\x06\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x15\n\x08logprobs\x18\x08 \x01(\rH\x00\x88\x01\x01\x42\x0b\n\t_logprobs\"\x83\x01\n\x0ePrefillRequest\x12*\n\x08sequence\x18\x01 \x01(\x0b\x32\x18.kvrelay.v1.SequenceSpec\x12\x14\n\x0cworker_epoch\x18\x02 \x01(\x04\x12\x1b\n\x13\x61nnounce_last_chunk\x18\x03 \x01(\x08\x12\x12\n\ngateway_id\x18\x04 \x01(\t\"\xa0\x01\n\x0fPrefillResponse\x12(\n\x08\x61\x64mitted\x18\x01 \x01(\x0b\x32\x14.kvrelay.v1.AdmittedH\x00\x12-\n\x0b\x66irst_token\x18\x02 \x01(\x0b\x32\x16.kvrelay.v1.FirstTokenH\x00\x12+\n\nlast_chunk\x18\x03 \x01(\x0b\x32\x15.kvrelay.v1.LastChunkH\x00\x42\x07\n\x05\x65vent\"\x1a\n\x08\x41\x64mitted\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\"\x0b\n\tLastChunk\"\xbb\x01\n\nFirstToken\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12+\n\x08logprobs\x18\x02 \x01(\x0b\x32\x19.kvrelay.v1.TokenLogprobs\x12/\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x18.kvrelay.v1.FinishReason\x12\x15\n\rcached_tokens\x18\x04 \x01(\r\x12\x15\n\rprefill_queue\x18\x05 \x01(\x01\x12\x0f\n\x07prefill\x18\x06 \x01(\x01\"\x85\x01\n\rDecodeRequest\x12*\n\x08sequence\x18\x01 \x01(\x0b\x32\x18.kvrelay.v1.SequenceSpec\x12\x0e\n\x06ticket\x18\x02 \x01(\x0c\x12\x12\n\ngateway_id\x18\x03 \x01(\t\x12\x0e\n\x06handle\x18\x04 \x01(\r\x12\x14\n\x0cworker_epoch\x18\x05 \x01(\x04\"\xb5\x01\n\x0e\x44\x65\x63odeResponse\x12/\n\rfinish_reason\x18\x01 \x01(\x0e\x32\x18.kvrelay.v1.FinishReason\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x10\n\x08transfer\x18\x03 \x01(\x01\x12\x14\n\x0c\x64\x65\x63ode_queue\x18\x04 \x01(\x01\x12\x19\n\x11\x66irst_decode_step\x18\x05 \x01(\x01\x12\x0e\n\x06ticket\x18\x06 \x01(\x0cJ\x04\x08\x07\x10\n\"?\n\x13StreamFramesRequest\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x14\n\x0cworker_epoch\x18\x02 \x01(\x04\"E\n\x14StreamFramesResponse\x12-\n\tsequences\x18\x01 \x03(\x0b\x32\x1a.kvrelay.v1.SequenceTokens\"\xa4\x01\n\x0eSequenceTokens\x12\x0e\n\x06handle\x18\x01 \x01(\r\x12\x13\n\x0b\x66irst_index\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12+\n\x08logprobs\x18\x04 \x03(\x0b\x32\x19.kvrelay.v1.TokenLogprobs\x12-\n\x0clocal_prompt\x18\x05 \x01(\x0b\x32\x17.kvrelay.v1.LocalPrompt\"L\n\x0bLocalPrompt\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\x12\x15\n\rprefill_queue\x18\x02 \x01(\x01\x12\x0f\n\x07prefill\x18\x03 \x01(\x01\"\x12\n\x10GetStatusRequest\"c\n\x11GetStatusResponse\x12(\n\x06status\x18\x01 \x01(\x0b\x32\x18.kvrelay.v1.WorkerStatus\x12$\n\x04held\x18\x02 \x03(\x0b\x32\x16.kvrelay.v1.HeldBlocks2V\n\x0ePrefillService\x12\x44\n\x07Prefill\x12\x1a.kvrelay.v1.PrefillRequest\x1a\x1b.kvrelay.v1.PrefillResponse0\x01\x32\xa5\x01\n\rDecodeService\x12?\n\x06\x44\x65\x63ode\x12\x19.kvrelay.v1.DecodeRequest\x1a\x1a.kvrelay.v1.DecodeResponse\x12S\n\x0cStreamFrames\x12\x1f.kvrelay.v1.StreamFramesRequest\x1a .kvrelay.v1.StreamFramesResponse0\x01\x32Y\n\rWorkerService\x12H\n\tGetStatus\x12\x1c.kvrelay.v1.GetStatusRequest\x1a\x1d.kvrelay.v1.GetStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvrelay.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DECODERESPONSE'].fields_by_name['prefill_queue']._loaded_options = None
-  _globals['_DECODERESPONSE'].fields_by_name['prefill_queue']._serialized_options = b'\030\001'
-  _globals['_DECODERESPONSE'].fields_by_name['prefill']._loaded_options = None
-  _globals['_DECODERESPONSE'].fields_by_name['prefill']._serialized_options = b'\030\001'
-  _globals['_DECODERESPONSE'].fields_by_name['cached_tokens']._loaded_options = None
-  _globals['_DECODERESPONSE'].fields_by_name['cached_tokens']._serialized_options = b'\030\001'
   _globals['_SEQUENCESPEC']._serialized_start=68
   _globals['_SEQUENCESPEC']._serialized_end=239
   _globals['_SAMPLING']._serialized_start=242
@@ -55,23 +49,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DECODEREQUEST']._serialized_start=943
   _globals['_DECODEREQUEST']._serialized_end=1076
   _globals['_DECODERESPONSE']._serialized_start=1079
-  _globals['_DECODERESPONSE']._serialized_end=1392
-  _globals['_STREAMFRAMESREQUEST']._serialized_start=1394
-  _globals['_STREAMFRAMESREQUEST']._serialized_end=1457
-  _globals['_STREAMFRAMESRESPONSE']._serialized_start=1459
-  _globals['_STREAMFRAMESRESPONSE']._serialized_end=1528
-  _globals['_SEQUENCETOKENS']._serialized_start=1531
-  _globals['_SEQUENCETOKENS']._serialized_end=1695
-  _globals['_LOCALPROMPT']._serialized_start=1697
-  _globals['_LOCALPROMPT']._serialized_end=1773
-  _globals['_GETSTATUSREQUEST']._serialized_start=1775
-  _globals['_GETSTATUSREQUEST']._serialized_end=1793
-  _globals['_GETSTATUSRESPONSE']._serialized_start=1795
-  _globals['_GETSTATUSRESPONSE']._serialized_end=1894
-  _globals['_PREFILLSERVICE']._serialized_start=1896
-  _globals['_PREFILLSERVICE']._serialized_end=1982
-  _globals['_DECODESERVICE']._serialized_start=1985
-  _globals['_DECODESERVICE']._serialized_end=2150
-  _globals['_WORKERSERVICE']._serialized_start=2152
-  _globals['_WORKERSERVICE']._serialized_end=2241
+  _globals['_DECODERESPONSE']._serialized_end=1260
+  _globals['_STREAMFRAMESREQUEST']._serialized_start=1262
+  _globals['_STREAMFRAMESREQUEST']._serialized_end=1325
+  _globals['_STREAMFRAMESRESPONSE']._serialized_start=1327
+  _globals['_STREAMFRAMESRESPONSE']._serialized_end=1396
+  _globals['_SEQUENCETOKENS']._serialized_start=1399
+  _globals['_SEQUENCETOKENS']._serialized_end=1563
+  _globals['_LOCALPROMPT']._serialized_start=1565
+  _globals['_LOCALPROMPT']._serialized_end=1641
+  _globals['_GETSTATUSREQUEST']._serialized_start=1643
+  _globals['_GETSTATUSREQUEST']._serialized_end=1661
+  _globals['_GETSTATUSRESPONSE']._serialized_start=1663
+  _globals['_GETSTATUSRESPONSE']._serialized_end=1762
+  _globals['_PREFILLSERVICE']._serialized_start=1764
+  _globals['_PREFILLSERVICE']._serialized_end=1850
+  _globals['_DECODESERVICE']._serialized_start=1853
+  _globals['_DECODESERVICE']._serialized_end=2018
+  _globals['_WORKERSERVICE']._serialized_start=2020
+  _globals['_WORKERSERVICE']._serialized_end=2109
 # @@protoc_insertion_point(module_scope)

@@ -106,26 +106,20 @@ class DecodeRequest(_message.Message):
     def __init__(self, sequence: _Optional[_Union[SequenceSpec, _Mapping]] = ..., ticket: _Optional[bytes] = ..., gateway_id: _Optional[str] = ..., handle: _Optional[int] = ..., worker_epoch: _Optional[int] = ...) -> None: ...
 
 class DecodeResponse(_message.Message):
-    __slots__ = ("finish_reason", "completion_tokens", "transfer", "decode_queue", "first_decode_step", "ticket", "prefill_queue", "prefill", "cached_tokens")
+    __slots__ = ("finish_reason", "completion_tokens", "transfer", "decode_queue", "first_decode_step", "ticket")
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_FIELD_NUMBER: _ClassVar[int]
     DECODE_QUEUE_FIELD_NUMBER: _ClassVar[int]
     FIRST_DECODE_STEP_FIELD_NUMBER: _ClassVar[int]
     TICKET_FIELD_NUMBER: _ClassVar[int]
-    PREFILL_QUEUE_FIELD_NUMBER: _ClassVar[int]
-    PREFILL_FIELD_NUMBER: _ClassVar[int]
-    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     finish_reason: _inference_pb2.FinishReason
     completion_tokens: int
     transfer: float
     decode_queue: float
     first_decode_step: float
     ticket: bytes
-    prefill_queue: float
-    prefill: float
-    cached_tokens: int
-    def __init__(self, finish_reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., completion_tokens: _Optional[int] = ..., transfer: _Optional[float] = ..., decode_queue: _Optional[float] = ..., first_decode_step: _Optional[float] = ..., ticket: _Optional[bytes] = ..., prefill_queue: _Optional[float] = ..., prefill: _Optional[float] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
+    def __init__(self, finish_reason: _Optional[_Union[_inference_pb2.FinishReason, str]] = ..., completion_tokens: _Optional[int] = ..., transfer: _Optional[float] = ..., decode_queue: _Optional[float] = ..., first_decode_step: _Optional[float] = ..., ticket: _Optional[bytes] = ...) -> None: ...
 
 class StreamFramesRequest(_message.Message):
     __slots__ = ("gateway_id", "worker_epoch")
