@@ -101,7 +101,7 @@ class GatewaySettings:
     max_running: int = setting(256, "requests on the workers at once; the others queue", minimum=1)
     max_waiting: int = setting(1024, "requests that may queue; more are refused", minimum=0)
     disaggregation: str = setting(
-        "auto",
+        "always",
         "who computes prompts: always the prefill workers, never they but the decode workers, or auto, what costs less",
         choices=("always", "never", "auto"),
     )
