@@ -53,7 +53,7 @@ def test_a_pool_on_the_cpu_is_neither_exported_nor_filled(cache: KvCache) -> Non
         export_pool(cache)
     with pytest.raises(FailedPrecondition, match="not in a GPU's memory"):
         CudaIpcReceiver.open_pool(_export(), cache)
-    assert "cuda_ipc" not in Senders(cache).names
+    assert "cuda_ipc" not in Senders(cache).names(b"")
 
 
 def test_a_gpu_that_is_not_visible(monkeypatch: pytest.MonkeyPatch) -> None:
