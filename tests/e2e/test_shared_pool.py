@@ -112,13 +112,14 @@ def test_the_prefill_worker_is_killed_while_it_fills_blocks_that_are_lent(cluste
     expected = list(client.complete(token_ids=LONG_PROMPT, max_tokens=8, temperature=0, cache_salt="a").token_ids)
     cluster.wait_whole()
     stream = client.generate(token_ids=LONG_PROMPT, max_tokens=8, temperature=0, cache_salt="b")
-    states: dict[str, str] = {}
+    holders: list[set[int]] = []
 
     def is_lent() -> bool:
-        states.update((entry.worker_id, entry.state) for entry in client.held_blocks())
-        return "transferring" in states.values()
+        holders[:] = [set(entry.block_ids) for entry in client.held_blocks()]
+        return len(holders) == 2
 
-    eventually(is_lent, 30, "a decode worker holds the blocks too")
+    eventually(is_lent, 30, "a decode worker holds blocks, too")
+    assert holders[0] == holders[1]
     cluster.kill("prefill-0")
     assert tokens_of(stream) == expected
 

@@ -1,7 +1,9 @@
-"""What the fault tests share: one rig for all schedules, and what their requests bring without faults."""
+"""What the fault tests of a module share: one rig for all of them, and what their requests bring without faults.
+
+A rig ends with its module, because only the module's event loop looks after it.
+"""
 
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 
 import pytest
 import pytest_asyncio
@@ -10,14 +12,13 @@ from tests.faults.play import References, record
 from tests.faults.rig import SETTINGS, Rig, make_model, start_rig
 
 
-@dataclass(frozen=True)
-class Stage:
-    rig: Rig
-    references: References
-
-
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def stage(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Stage]:
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def rig(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Rig]:
     folder = tmp_path_factory.mktemp("faults")
     async with start_rig(folder, make_model(folder), **SETTINGS) as rig:
-        yield Stage(rig, await record(rig))
+        yield rig
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def references(rig: Rig) -> References:
+    return await record(rig)

@@ -6,9 +6,8 @@ A schedule that fails is played again by `scripts/faults --seed N`.
 import pytest
 
 from kvrelay.failpoints import POINTS
-from tests.faults.conftest import Stage
-from tests.faults.play import play
-from tests.faults.rig import WORKERS
+from tests.faults.play import References, play
+from tests.faults.rig import WORKERS, Rig
 from tests.faults.schedules import schedule
 
 NUM_SEEDS, BATCH = 200, 20
@@ -19,27 +18,27 @@ def seeds_of(point: str) -> list[int]:
     return [seed for seed, failpoint in faults.items() if failpoint is not None and failpoint.point == point]
 
 
-@pytest.mark.asyncio(loop_scope="session")
+@pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize("first", range(0, NUM_SEEDS, BATCH))
-async def test_schedules(stage: Stage, first: int) -> None:
+async def test_schedules(rig: Rig, references: References, first: int) -> None:
     reports = []
     for seed in range(first, first + BATCH):
-        reports.append(await play(stage.rig, schedule(seed), stage.references))
+        reports.append(await play(rig, schedule(seed), references))
         print(reports[-1])
     bad = [report for report in reports if report.faults]
-    assert not bad, "\n".join([*map(str, bad), stage.rig.logs()])
+    assert not bad, "\n".join([*map(str, bad), rig.logs()])
     # Not each fault meets a request, but a rig of which none does would prove nothing.
     assert sum(report.struck for report in reports) > BATCH // 2
-    await stage.rig.wait_ready(*WORKERS)
-    assert not await stage.rig.what_is_left()
+    await rig.wait_ready(*WORKERS)
+    assert not await rig.what_is_left()
 
 
-@pytest.mark.asyncio(loop_scope="session")
+@pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize("point", POINTS)
-async def test_each_failpoint_is_met(stage: Stage, point: str) -> None:
+async def test_each_failpoint_is_met(rig: Rig, references: References, point: str) -> None:
     """By the schedules above; where this test runs alone, by as many of them as it takes."""
     for seed in seeds_of(point):
-        if stage.rig.met()[point]:
+        if rig.met()[point]:
             break
-        await play(stage.rig, schedule(seed), stage.references, run="-again")
-    assert stage.rig.met()[point]
+        await play(rig, schedule(seed), references, run="-again")
+    assert rig.met()[point]

@@ -7,8 +7,7 @@ import pytest
 
 from kvrelay.client import GenerateOptions
 from kvrelay.request import HeldBlocks
-from tests.faults.conftest import Stage
-from tests.faults.rig import DECODE, GATEWAY, WORKERS
+from tests.faults.rig import DECODE, GATEWAY, WORKERS, Rig
 
 WAIT_SECONDS = 1.5  # in which there is time to look; less than a lease
 
@@ -24,10 +23,10 @@ def is_being_pulled(held: Sequence[HeldBlocks]) -> bool:
     return bool(pullers) and [(puller, GATEWAY) for puller in pullers] == reserved
 
 
-@pytest.mark.asyncio(loop_scope="session")
+@pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize("point", ["decode.received", "transfer.before_release"])
-async def test_a_lease_is_the_gateways_until_a_decode_worker_pulls(stage: Stage, point: str) -> None:
-    rig, request_id = stage.rig, f"owned-{point}"
+async def test_a_lease_is_the_gateways_until_a_decode_worker_pulls(rig: Rig, point: str) -> None:
+    request_id = f"owned-{point}"
     expected = waits_for_a_pull if point == "decode.received" else is_being_pulled
     options: GenerateOptions = {"token_ids": list(range(3, 100)), "max_tokens": 4, "ignore_eos": True}
     await rig.wait_ready(*WORKERS)

@@ -7,7 +7,6 @@ import pytest
 
 from kvrelay.client import GenerateOptions
 from tests.checkpoints import VOCAB_SIZE
-from tests.faults.conftest import Stage
 from tests.faults.history import Outcome, faults_of
 from tests.faults.rig import PREFILL, SETTINGS, WORKERS, Rig, make_model, start_rig
 
@@ -17,14 +16,14 @@ NUM_PROMPT_TOKENS = 200
 NUM_TRIES = 20  # the router may prefer the other one
 
 
-@pytest.mark.asyncio(loop_scope="session")
+@pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize("point", ["decode.received", "transfer.received", "transfer.before_release"])
-async def test_a_killed_decode_worker_costs_no_second_prefill(stage: Stage, point: str) -> None:
+async def test_a_killed_decode_worker_costs_no_second_prefill(rig: Rig, point: str) -> None:
     """The last of these is after the client had its first token."""
-    await check_computed_once(stage.rig, f"{point}=kill")
+    await check_computed_once(rig, f"{point}=kill")
 
 
-@pytest.mark.asyncio(loop_scope="session")
+@pytest.mark.asyncio(loop_scope="module")
 async def test_a_frozen_decode_worker_costs_none_and_releases_nothing_when_it_thaws(tmp_path: Path) -> None:
     """It goes on with the Release, in a former epoch, for what another has long since."""
     # A lease must outlive the time after which a silent worker is taken for lost.
