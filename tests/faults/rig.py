@@ -7,7 +7,6 @@ go on. Three gateways share the workers, so that each schedule can have prompts 
 import asyncio
 import contextlib
 import signal
-import socket
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from kvrelay.client import AsyncClient
 from kvrelay.errors import KvrelayError
 from kvrelay.request import ClusterStatus, WorkerState, WorkerStatus
 from tests.checkpoints import make_checkpoint
+from tests.e2e.cluster import free_port
 from tests.faults.process import Member, Process, RedisServer
 from tests.faults.proxy import Link, Proxy
 from tests.faults.spans import SpanCollector
@@ -241,10 +241,11 @@ async def start_rig(
 
 
 def _free_ports(names: Sequence[str]) -> dict[str, int]:
-    """A port for each that was free a moment ago; taken together, so that no two are the same."""
-    with contextlib.ExitStack() as open_for_now:
-        probes = [open_for_now.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in names]
-        return {name: probe.getsockname()[1] for name, probe in zip(names, probes, strict=True)}
+    """A port for each that was free a moment ago."""
+    ports: set[int] = set()
+    while len(ports) < len(names):
+        ports.add(free_port())
+    return dict(zip(names, ports, strict=True))
 
 
 def _processes(
