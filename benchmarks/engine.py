@@ -26,7 +26,7 @@ from benchmarks.offline import MODES, OfflineEngine, Run
 from benchmarks.peer_engines import Generate, load_transformers_continuous, load_transformers_static
 from benchmarks.results import Row, measure
 from benchmarks.workloads import DISTRIBUTIONS, Workload, output_tokens, workload
-from kvrelay.config import EngineSettings
+from kvrelay.settings import EngineSettings
 
 __all__ = ["ideal_steps", "main"]
 

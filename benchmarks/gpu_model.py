@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import transformers
 
-from kvrelay.config import EngineSettings
 from kvrelay.engine.block_pool import BlockPool
 from kvrelay.engine.engine import Engine
 from kvrelay.engine.kernels import choose_kernels
@@ -21,6 +20,7 @@ from kvrelay.engine.scheduler import Scheduler
 from kvrelay.engine.sequence import Role
 from kvrelay.engine.sequence import Sequence as EngineSequence
 from kvrelay.request import Request, Sampling
+from kvrelay.settings import EngineSettings
 
 __all__ = ["SHAPES", "ModelCase", "RandomWeights", "new_sequence"]
 

@@ -26,7 +26,6 @@ from benchmarks import results
 from benchmarks.checkpoints import SHAPES, make
 from benchmarks.offline import OfflineEngine, new_scheduler, new_sequence
 from benchmarks.results import Cell, Row, measure
-from kvrelay.config import EngineSettings
 from kvrelay.control.connection import connect
 from kvrelay.control.private_redis import PrivateRedis
 from kvrelay.control.request_queue import RequestQueue
@@ -35,6 +34,7 @@ from kvrelay.engine.engine import Engine
 from kvrelay.engine.limits import Limits
 from kvrelay.engine.scheduler import Scheduler
 from kvrelay.engine.sequence import Role
+from kvrelay.settings import EngineSettings
 
 __all__ = ["Case", "Timed", "main", "run_case", "waiting_memory"]
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.workloads import Workload
-from kvrelay.config import EngineSettings
 from kvrelay.engine.block_pool import BlockPool
 from kvrelay.engine.engine import Engine
 from kvrelay.engine.events import Failed, Sampled
@@ -15,6 +14,7 @@ from kvrelay.engine.runner import ModelRunner
 from kvrelay.engine.scheduler import Scheduler
 from kvrelay.engine.sequence import Role, Sequence
 from kvrelay.request import Request, Sampling
+from kvrelay.settings import EngineSettings
 
 __all__ = ["MODES", "OfflineEngine", "Run", "new_scheduler", "new_sequence"]
 

@@ -32,7 +32,7 @@ FLOOR_ROWS = 512
 def load_kvrelay(folder: Path, quantization: str = "") -> Generate:
     """kvrelay's engine, as a worker runs it."""
     from benchmarks.offline import OfflineEngine
-    from kvrelay.config import EngineSettings
+    from kvrelay.settings import EngineSettings
 
     more: dict[str, Any] = {"quantization": quantization} if quantization else {}
     more |= {"max_num_sequences": MAX_SEQUENCES, "max_batched_tokens": MAX_BATCHED_TOKENS}

@@ -54,7 +54,7 @@ def cluster(folder: Path, port: int, /, **settings: object) -> Iterator[str]:
 
     Args:
         folder: of its run directory and its log.
-        settings: more settings by their names in `kvrelay.config`.
+        settings: more settings by their names in `kvrelay.settings`.
 
     Raises:
         TimeoutError: a worker is not ready in time.

@@ -28,7 +28,6 @@ from benchmarks import results
 from benchmarks.checkpoints import SHAPES, make
 from benchmarks.results import Row, measure
 from benchmarks.workloads import VOCAB_SIZE
-from kvrelay.config import EngineSettings
 from kvrelay.engine.attention import PagedAttention
 from kvrelay.engine.batch import make_input
 from kvrelay.engine.checkpoint import resolve_checkpoint
@@ -40,6 +39,7 @@ from kvrelay.engine.runner import ModelRunner
 from kvrelay.engine.sequence import Chunk
 from kvrelay.engine.sequence import Sequence as EngineSequence
 from kvrelay.request import Request, Sampling
+from kvrelay.settings import EngineSettings
 
 __all__ = ["main"]
 

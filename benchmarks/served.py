@@ -30,8 +30,8 @@ from benchmarks.results import Row, add_flags, measure, publish
 from benchmarks.stream_load import Observed, percentile, run_streams
 from benchmarks.workloads import Workload, output_tokens, peers_workload
 from kvrelay import AsyncClient
-from kvrelay.config import EngineSettings
 from kvrelay.request import ClusterStatus
+from kvrelay.settings import EngineSettings
 
 __all__ = ["Outcome", "main", "run_offline", "run_served"]
 

@@ -18,7 +18,6 @@ from gateway.response_log import ResponseHistory
 from gateway.service import InferenceService
 from gateway.status import ClusterView
 from gateway.tokens import Tokenizer, TokenizerPool
-from kvrelay.config import GatewaySettings, Settings
 from kvrelay.control.connection import connect
 from kvrelay.control.directory import WorkerDirectory
 from kvrelay.control.registration import Registration
@@ -27,6 +26,7 @@ from kvrelay.control.request_queue import RequestQueue
 from kvrelay.engine.checkpoint import resolve_checkpoint
 from kvrelay.lifetime import StopRequest, settle
 from kvrelay.rpc import Server, Service
+from kvrelay.settings import GatewaySettings, Settings
 from kvrelay.v1 import inference_pb2_grpc
 
 __all__ = ["run_gateway"]

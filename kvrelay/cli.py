@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvrelay import commands, config, failpoints, telemetry
-from kvrelay.config import ClusterSettings, Settings
 from kvrelay.control.cluster_key import load_cluster_key
 from kvrelay.engine.checkpoint import check_checkpoint, resolve_checkpoint
 from kvrelay.errors import ConfigurationError, KvrelayError
 from kvrelay.lifetime import StopRequest, start_logging
 from kvrelay.request import WorkerRole
+from kvrelay.settings import ClusterSettings, Settings
 
 if TYPE_CHECKING:
     from kvrelay.worker import Part, Resources

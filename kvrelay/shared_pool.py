@@ -3,8 +3,8 @@
 import os
 import sys
 
-from kvrelay.config import AUTO, Settings
 from kvrelay.errors import ConfigurationError
+from kvrelay.settings import AUTO, Settings
 
 __all__ = ["check_shared_pool", "make_pool_file"]
 

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from kvrelay.client import AsyncClient
-from kvrelay.config import AUTO, Settings, dump_toml
+from kvrelay.config import dump_toml
 from kvrelay.control.private_redis import PrivateRedis
 from kvrelay.errors import ConfigurationError, KvrelayError
 from kvrelay.request import WorkerState
+from kvrelay.settings import AUTO, Settings
 from kvrelay.shared_pool import make_pool_file
 
 __all__ = ["Supervisor", "run_directory"]

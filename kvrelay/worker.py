@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from kvrelay import wire
-from kvrelay.config import Settings
 from kvrelay.control.connection import connect
 from kvrelay.control.directory import WorkerDirectory
 from kvrelay.control.registration import Registration
@@ -28,6 +27,7 @@ from kvrelay.errors import FailedPrecondition, Unavailable
 from kvrelay.lifetime import StopRequest, settle
 from kvrelay.request import HeldBlocks, LinkStatus, WorkerRole, WorkerState, WorkerStatus
 from kvrelay.rpc import Server, Service
+from kvrelay.settings import Settings
 from kvrelay.shared_pool import check_shared_pool
 from kvrelay.v1 import worker_pb2, worker_pb2_grpc
 

@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from kvrelay.config import DEMO_MODEL
 from kvrelay.errors import ConfigurationError
+from kvrelay.settings import DEMO_MODEL
 
 __all__ = ["check_checkpoint", "model_digest", "read_json", "resolve_checkpoint", "weight_files"]
 

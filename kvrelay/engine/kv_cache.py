@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy
 import torch
 
-from kvrelay.config import EngineSettings
 from kvrelay.engine.kv_layout import KvLayout
 from kvrelay.engine.pool_file import PoolFile
 from kvrelay.engine.pool_header import HEADER_BYTES, PoolHeader
 from kvrelay.errors import ConfigurationError
+from kvrelay.settings import EngineSettings
 
 __all__ = ["HEADER_BYTES", "KvCache", "join_shared_pool", "num_blocks_for"]
 

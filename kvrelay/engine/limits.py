@@ -27,3 +27,7 @@ class Limits:
     prefix_caching: bool = True
     evicts: bool = False
     itl_limit: float = 0.0
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """How many blocks hold this many tokens."""
+        return -(-num_tokens // self.block_size)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-from kvrelay.config import EngineSettings
 from kvrelay.engine.attention import PagedAttention
 from kvrelay.engine.batch import StepInput, make_input
 from kvrelay.engine.batch_state import BatchState
@@ -28,6 +27,7 @@ from kvrelay.engine.sequence import Sequence as EngineSequence
 from kvrelay.engine.staging import HostCopier
 from kvrelay.errors import ConfigurationError
 from kvrelay.request import Request, Sampling, Token
+from kvrelay.settings import EngineSettings
 
 __all__ = ["ModelRunner"]
 

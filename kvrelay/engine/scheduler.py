@@ -15,26 +15,18 @@ Where several workers share the pool, others take its blocks and give them back 
 while a step is planned, and whoever waits for blocks looks again by itself.
 
 What is decided here is entered in three books: where sequences stand (`SequenceTable`), which prefixes are cached
-(`PrefixCache`), and whose time is up when (`Deadlines`).
+(`PrefixCache`), and whose time is up when (`Deadlines`). `BlockAdmission` says whether a waiting sequence finds blocks
+to begin with.
 """
 
 from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 
+from kvrelay.engine.admission import BlockAdmission
 from kvrelay.engine.block_pool import BlockBooks
 from kvrelay.engine.deadlines import Deadlines
-from kvrelay.engine.events import (
-    Admitted,
-    EngineLoad,
-    Event,
-    Failed,
-    Finished,
-    HandedOver,
-    HeldBlocks,
-    Progress,
-    Sampled,
-)
+from kvrelay.engine.events import EngineLoad, Event, Failed, Finished, HandedOver, HeldBlocks, Progress, Sampled
 from kvrelay.engine.limits import Limits
 from kvrelay.engine.prefix_cache import PrefixCache
 from kvrelay.engine.sequence import Chunk, Role, Sequence, SequenceState
@@ -73,6 +65,7 @@ class Scheduler:
         self.limits = limits
         self._table = SequenceTable(pool, limits.max_num_sequences)
         self._prefixes = PrefixCache(pool, limits.block_size, limits.model_digest, limits.prefix_caching)
+        self._admission = BlockAdmission(pool, self._prefixes, limits)
         self._deadlines = Deadlines(self._table.sequences)
         self._budget = StepBudget(limits.max_batched_tokens, limits.itl_limit, limits.block_size)
         self._num_preemptions = 0
@@ -254,7 +247,7 @@ class Scheduler:
             if sequence.will_end(self.limits.context_length) or sequence.at_handover:
                 continue
             length = min(sequence.num_uncomputed_tokens, budget)
-            wanted = self._blocks_for(sequence.next_position + length) - len(sequence.block_table)
+            wanted = self.limits.blocks_for(sequence.next_position + length) - len(sequence.block_table)
             if wanted > self.pool.num_free and self._table.in_flight:
                 return None
             if self._make_room(sequence, wanted, candidates):
@@ -297,47 +290,17 @@ class Scheduler:
         return chunks
 
     def _admit(self, sequence: Sequence, now: float) -> bool:
-        """Gives the sequence blocks for all tokens known; False if there are too few."""
-        borrowed = self._borrow(sequence)
-        if not borrowed and not self._reserve(sequence):
+        """Lets the sequence begin, with blocks for all tokens known; False if there are too few."""
+        admitted = self._admission.admit(sequence, len(self._table.running))
+        if admitted is None:
             return False
         sequence.held_since = now
-        blocks, num_cached = tuple(sequence.block_table), sequence.num_computed_tokens // self.limits.block_size
-        generations = tuple(map(self.pool.generation, blocks))
-        self._events.append(Admitted(sequence.request_id, blocks, generations, num_cached, borrowed))
+        self._events.append(admitted)
         if sequence.role is Role.DECODE:
             self._table.transfer(sequence)
         else:
             self._table.run(sequence)
         return True
-
-    def _borrow(self, sequence: Sequence) -> bool:
-        """Holds the blocks in which another worker has its KV cache, if it may have them, and they are still that."""
-        borrowed, sequence.borrowed = sequence.borrowed, None
-        if borrowed is None or len(borrowed.block_ids) != self._blocks_for(len(sequence.token_ids)):
-            return False
-        if not self.pool.join(borrowed.block_ids, borrowed.generations):
-            return False
-        sequence.block_table = list(borrowed.block_ids)
-        return True
-
-    def _reserve(self, sequence: Sequence) -> bool:
-        cached = self._prefixes.find(sequence)
-        idle = sum(self.pool.is_free(block) for block in cached)
-        fresh = self._blocks_for(len(sequence.token_ids)) - len(cached)
-        if fresh + idle + self._watermark() > self.pool.num_free:
-            return False
-        self.pool.share(cached)
-        sequence.block_table = cached + self.pool.allocate(fresh)
-        sequence.num_computed_tokens = len(cached) * self.limits.block_size
-        return True
-
-    def _watermark(self) -> int:
-        """Blocks that admission leaves to sequences that already run, lest they be preempted at once."""
-        return min(self.pool.expect_growth(len(self._table.running)), self.pool.num_blocks // 16)
-
-    def _blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.limits.block_size)
 
     def _append(self, sequence: Sequence, token: Token) -> None:
         index = sequence.num_completion_tokens
@@ -351,7 +314,7 @@ class Scheduler:
     def _hold_if_leaving(self, sequence: Sequence) -> None:
         if sequence.at_handover and sequence.state is SequenceState.RUNNING and not sequence.in_flight:
             self._table.hold(sequence)
-            blocks = tuple(sequence.block_table[: self._blocks_for(sequence.num_computed_tokens)])
+            blocks = tuple(sequence.block_table[: self.limits.blocks_for(sequence.num_computed_tokens)])
             generations = tuple(map(self.pool.generation, blocks))
             self._events.append(
                 HandedOver(

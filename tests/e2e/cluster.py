@@ -115,7 +115,7 @@ def start_cluster(
     """Starts a cluster and waits until it is ready; ends all of it, whatever happens.
 
     Args:
-        settings: more settings by their names in `kvrelay.config`. All prompts go to the prefill workers unless these
+        settings: more settings by their names in `kvrelay.settings`. All prompts go to the prefill workers unless these
             say otherwise, so that every test knows who computes what.
     """
     port = free_port()

@@ -210,7 +210,7 @@ async def start_rig(
 
     Args:
         decode_settings: what a decode worker has of its own, by worker.
-        settings: of all workers, by their names in `kvrelay.config`.
+        settings: of all workers, by their names in `kvrelay.settings`.
     """
     async with contextlib.AsyncExitStack() as cleanup:
         rig = Rig(folder, RedisServer(folder / "redis"), SpanCollector())

@@ -5,7 +5,6 @@ from collections.abc import Sequence as Items
 from pathlib import Path
 from typing import Any
 
-from kvrelay.config import EngineSettings
 from kvrelay.engine.block_pool import BlockPool
 from kvrelay.engine.engine import Engine
 from kvrelay.engine.events import Event, Failed, Finished, Sampled
@@ -14,6 +13,7 @@ from kvrelay.engine.runner import ModelRunner
 from kvrelay.engine.scheduler import Scheduler
 from kvrelay.engine.sequence import Role, Sequence
 from kvrelay.request import Request, Sampling, Token
+from kvrelay.settings import EngineSettings
 
 BLOCK_SIZE = 5
 EOS = 1  # at which transformers ends a completion, too

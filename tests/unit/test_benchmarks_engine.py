@@ -21,7 +21,7 @@ from benchmarks.workloads import (
     prompt_tokens,
     workload,
 )
-from kvrelay.config import EngineSettings
+from kvrelay.settings import EngineSettings
 
 REQUESTS: Workload = [([5 + index] * (20 + index), 3 + 5 * (index % 3)) for index in range(6)]
 

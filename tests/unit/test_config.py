@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 
 from kvrelay import config
-from kvrelay.config import ClusterSettings, EngineSettings, Settings, TransferSettings
 from kvrelay.errors import ConfigurationError
+from kvrelay.settings import ClusterSettings, EngineSettings, Settings, TransferSettings
 
 GROUPS = [group.name for group in dataclasses.fields(Settings)]
 Write = Callable[[str], Path]

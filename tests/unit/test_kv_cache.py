@@ -4,12 +4,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from kvrelay.config import EngineSettings
 from kvrelay.engine import kv_cache
 from kvrelay.engine.kv_cache import HEADER_BYTES, KvCache, num_blocks_for
 from kvrelay.engine.kv_layout import KvLayout
 from kvrelay.engine.pool_header import PoolHeader
 from kvrelay.errors import ConfigurationError
+from kvrelay.settings import EngineSettings
 
 LAYOUT = KvLayout(b"\7" * 32, "float32", block_size=4, num_layers=2, num_kv_heads=2, head_dim=8)
 CPU = torch.device("cpu")

@@ -13,7 +13,6 @@ from checkpoints import ARCHITECTURES, FUSED_ARCHITECTURES, VOCAB_SIZE, WINDOW, 
 from checkpoints import oracle_logits as oracle
 from safetensors.torch import load_file, save_file
 
-from kvrelay.config import EngineSettings
 from kvrelay.engine.block_pool import BlockPool
 from kvrelay.engine.models import transformers_model
 from kvrelay.engine.models.registry import inspect_model
@@ -21,6 +20,7 @@ from kvrelay.engine.runner import ModelRunner
 from kvrelay.engine.sequence import Chunk, Sequence
 from kvrelay.errors import ConfigurationError
 from kvrelay.request import Request, Sampling
+from kvrelay.settings import EngineSettings
 
 NUM_NEW_TOKENS = 24
 SETTINGS = EngineSettings(num_blocks=60, block_size=5)

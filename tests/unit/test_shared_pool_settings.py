@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from kvrelay import config
-from kvrelay.config import EngineSettings, Settings, TransferSettings
 from kvrelay.engine.kv_cache import KvCache, join_shared_pool
 from kvrelay.errors import ConfigurationError
+from kvrelay.settings import EngineSettings, Settings, TransferSettings
 from kvrelay.shared_pool import check_shared_pool, make_pool_file
 from tests.unit.shared_pools import LAYOUT
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from kvrelay.config import Settings, WorkerSettings
 from kvrelay.errors import FailedPrecondition
 from kvrelay.request import WorkerRole, WorkerState
+from kvrelay.settings import Settings, WorkerSettings
 from kvrelay.worker import _Worker, check_epoch
 
 
