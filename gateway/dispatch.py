@@ -10,7 +10,7 @@ from gateway.disaggregation import Costs, Link
 from gateway.fleet import Connection, Fleet
 from gateway.recovery import WorkerStart
 from gateway.reservation import Reservation
-from gateway.router import Router, WorkerView
+from gateway.router import Prompt, Router, WorkerView
 from kvrelay.control.membership import WorkerEntry
 from kvrelay.control.registry import LinkRecord
 from kvrelay.engine.prefix import block_digests, root_digest
@@ -122,8 +122,7 @@ class Dispatch:
         entries = self._fleet.entries()
         worker_id = self._router.move(
             placement.request_id,
-            len(request.token_ids),
-            self._digests(request, entries),
+            self._prompt(request, entries),
             [_view(entry) for entry in entries],
             time.monotonic(),
             avoid=_to_avoid(entries, avoided),
@@ -134,8 +133,7 @@ class Dispatch:
         entries = self._fleet.entries()
         route = self._router.choose(
             request.request_id,
-            len(request.token_ids),
-            self._digests(request, entries),
+            self._prompt(request, entries),
             [_view(entry) for entry in entries],
             time.monotonic(),
             avoid=_to_avoid(entries, avoided),
@@ -144,11 +142,12 @@ class Dispatch:
         decode = self._fleet.connection(route.decode_id)
         return Placement(self._router, request.request_id, prefill, decode, Reservation(route.reserves_late))
 
-    def _digests(self, request: Request, entries: Sequence[WorkerEntry]) -> list[bytes]:
-        if not entries:
-            return []
-        root = root_digest(bytes.fromhex(entries[0].record.model.model_digest), request.cache_salt)
-        return block_digests(root, request.token_ids, self._block_size)
+    def _prompt(self, request: Request, entries: Sequence[WorkerEntry]) -> Prompt:
+        num_tokens, digests = len(request.token_ids), list[bytes]()
+        if entries:
+            root = root_digest(bytes.fromhex(entries[0].record.model.model_digest), request.cache_salt)
+            digests = block_digests(root, request.token_ids, self._block_size)
+        return Prompt(num_tokens, digests, num_blocks=-(-num_tokens // self._block_size))
 
 
 def _to_avoid(entries: Sequence[WorkerEntry], avoided: Collection[WorkerStart]) -> list[str]:

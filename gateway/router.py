@@ -10,7 +10,21 @@ from gateway.router_memory import PrefixIndex, Sent
 from kvrelay.errors import Unavailable
 from kvrelay.request import WorkerRole
 
-__all__ = ["Route", "Router", "WorkerView", "link_between"]
+__all__ = ["Prompt", "Route", "Router", "WorkerView", "link_between"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a request brings that somebody must compute, or have.
+
+    Attributes:
+        digests: of its full blocks, as `kvrelay.engine.prefix.block_digests` makes them.
+        num_blocks: that hold it.
+    """
+
+    num_tokens: int
+    digests: Sequence[bytes]
+    num_blocks: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +105,7 @@ class Router:
     def choose(
         self,
         request_id: str,
-        num_prompt_tokens: int,
-        digests: Sequence[bytes],
+        prompt: Prompt,
         workers: Collection[WorkerView],
         now: float,
         avoid: Collection[str] = (),
@@ -102,7 +115,6 @@ class Router:
         Chosen again, a request leaves the workers it had before.
 
         Args:
-            digests: of the prompt's full blocks, as `kvrelay.engine.prefix.block_digests` makes them.
             now: in seconds, on the clock of the views' `seen_at`.
             avoid: ids of workers to take only where there are no others, such as those that have just failed.
 
@@ -112,7 +124,6 @@ class Router:
         """
         self.finished(request_id)
         usable = [worker for worker in workers if not worker.draining]
-        prompt = self._prompt(num_prompt_tokens, digests)
         prefill, decode = self._choose(prompt, usable, avoid)
         computing = prefill or decode
         route = Route(
@@ -122,7 +133,7 @@ class Router:
             reserves_late=prefill is not None
             and reserves_late(prompt.num_blocks, decode.blocks_free, self._num_promised(decode, prompt)),
         )
-        self._prefixes[computing.role].record(computing, digests)
+        self._prefixes[computing.role].record(computing, prompt.digests)
         self._sent[computing.worker_id].add(request_id, route.num_uncached_tokens, now)
         self._join_decode(request_id, decode, prompt, now)
         self._routes[request_id] = route
@@ -131,8 +142,7 @@ class Router:
     def move(
         self,
         request_id: str,
-        num_prompt_tokens: int,
-        digests: Sequence[bytes],
+        prompt: Prompt,
         workers: Collection[WorkerView],
         now: float,
         avoid: Collection[str] = (),
@@ -140,14 +150,13 @@ class Router:
         """Picks another decode worker for a request that has been routed; answers its id.
 
         Args:
-            num_prompt_tokens, digests, workers, now, avoid: as for `choose`.
+            prompt, workers, now, avoid: as for `choose`.
 
         Raises:
             Unavailable: there is no other; reason NO_WORKERS.
         """
         route = self._routes[request_id]
         others = [worker for worker in workers if not worker.draining and worker.worker_id != route.decode_id]
-        prompt = self._prompt(num_prompt_tokens, digests)
         decode = min(_of_role(others, WorkerRole.DECODE, avoid), key=self._cost_of_decoding(prompt))
         self._leave_decode(request_id, route)
         self._join_decode(request_id, decode, prompt, now)
@@ -167,7 +176,7 @@ class Router:
         if route is not None:
             self._leave_decode(request_id, route)
 
-    def _join_decode(self, request_id: str, worker: WorkerView, prompt: "_Prompt", now: float) -> None:
+    def _join_decode(self, request_id: str, worker: WorkerView, prompt: Prompt, now: float) -> None:
         self._prefixes[worker.role].record(worker, prompt.digests)
         self._promised[worker.worker_id].add(request_id, prompt.num_blocks, now)
         self._num_decoding[worker.worker_id] += 1
@@ -176,11 +185,8 @@ class Router:
         self._promised[route.decode_id].remove(request_id)
         self._num_decoding[route.decode_id] -= 1
 
-    def _prompt(self, num_tokens: int, digests: Sequence[bytes]) -> "_Prompt":
-        return _Prompt(num_tokens, digests, -(-num_tokens // self._block_size))
-
     def _choose(
-        self, prompt: "_Prompt", workers: Sequence[WorkerView], avoid: Collection[str]
+        self, prompt: Prompt, workers: Sequence[WorkerView], avoid: Collection[str]
     ) -> tuple[WorkerView | None, WorkerView]:
         """The prefill worker, or None where the decode worker computes the prompt; and the decode worker."""
         mode = self._costs.mode
@@ -196,14 +202,14 @@ class Router:
                 return None, whole
         return prefill, decode
 
-    def _cost_of_prefill(self, prompt: "_Prompt") -> Callable[[WorkerView], tuple[int, int, str]]:
+    def _cost_of_prefill(self, prompt: Prompt) -> Callable[[WorkerView], tuple[int, int, str]]:
         def cost(worker: WorkerView) -> tuple[int, int, str]:
             queued = self._num_queued(worker) + self._num_uncached(worker, prompt)
             return queued, worker.running + worker.waiting, worker.worker_id
 
         return cost
 
-    def _cost_of_decoding(self, prompt: "_Prompt") -> Callable[[WorkerView], tuple[float, int, str]]:
+    def _cost_of_decoding(self, prompt: Prompt) -> Callable[[WorkerView], tuple[float, int, str]]:
         def cost(worker: WorkerView) -> tuple[float, int, str]:
             num_held = self._prefixes[worker.role].num_blocks(worker, prompt.digests)
             return (self._num_sequences(worker) + 1) / max(1, worker.blocks_free), -num_held, worker.worker_id
@@ -211,7 +217,7 @@ class Router:
         return cost
 
     def _cost_of_both(
-        self, prompt: "_Prompt", workers: Sequence[WorkerView]
+        self, prompt: Prompt, workers: Sequence[WorkerView]
     ) -> Callable[[WorkerView], tuple[bool, float, tuple[float, int, str]]]:
         cost_of_decoding = self._cost_of_decoding(prompt)
 
@@ -221,11 +227,11 @@ class Router:
 
         return cost
 
-    def _seconds_local(self, worker: WorkerView, prompt: "_Prompt", workers: Sequence[WorkerView]) -> float:
+    def _seconds_local(self, worker: WorkerView, prompt: Prompt, workers: Sequence[WorkerView]) -> float:
         return self._costs.local(self._work(worker, prompt, workers), self._num_sequences(worker))
 
     def _seconds_split(
-        self, prefill: WorkerView, decode: WorkerView, prompt: "_Prompt", workers: Sequence[WorkerView]
+        self, prefill: WorkerView, decode: WorkerView, prompt: Prompt, workers: Sequence[WorkerView]
     ) -> float:
         num_held = self._prefixes[decode.role].num_blocks(decode, prompt.digests) * self._block_size
         return self._costs.disaggregated(
@@ -235,7 +241,7 @@ class Router:
             token_bytes=decode.block_bytes / self._block_size,
         )
 
-    def _work(self, worker: WorkerView, prompt: "_Prompt", workers: Sequence[WorkerView]) -> PromptWork:
+    def _work(self, worker: WorkerView, prompt: Prompt, workers: Sequence[WorkerView]) -> PromptWork:
         # Nobody is avoided, or preferred, for want of experience.
         rate = worker.prefill_rate or max(other.prefill_rate for other in workers)
         return PromptWork(self._num_queued(worker), self._num_uncached(worker, prompt), rate)
@@ -244,7 +250,7 @@ class Router:
         """Prompt tokens that are to be computed there: by the last heartbeat, and sent since."""
         return worker.waiting_tokens + self._sent[worker.worker_id].since(worker.seen_at)
 
-    def _num_uncached(self, worker: WorkerView, prompt: "_Prompt") -> int:
+    def _num_uncached(self, worker: WorkerView, prompt: Prompt) -> int:
         num_cached = self._prefixes[worker.role].num_blocks(worker, prompt.digests) * self._block_size
         return max(1, prompt.num_tokens - num_cached)  # the last token is always computed, for its logits
 
@@ -252,16 +258,9 @@ class Router:
         # The heartbeat lags behind what this gateway sent, and knows what other gateways sent.
         return max(worker.running + worker.waiting, self._num_decoding[worker.worker_id])
 
-    def _num_promised(self, worker: WorkerView, prompt: "_Prompt") -> int:
+    def _num_promised(self, worker: WorkerView, prompt: Prompt) -> int:
         """Blocks that others are going to take: sent since the heartbeat, or waiting there, as large as this one."""
         return self._promised[worker.worker_id].since(worker.seen_at) + worker.waiting * prompt.num_blocks
-
-
-@dataclass(frozen=True, slots=True)
-class _Prompt:
-    num_tokens: int
-    digests: Sequence[bytes]
-    num_blocks: int
 
 
 def link_between(prefill: WorkerView, decode: WorkerView) -> Link:

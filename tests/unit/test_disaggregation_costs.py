@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.disaggregation import ASSUMED_PREFILL_RATE, Costs, Disaggregation, Link, PromptWork
-from gateway.router import Route, Router, WorkerView
+from gateway.router import Prompt, Route, Router, WorkerView
 from kvrelay.engine.prefix import block_digests, root_digest
 from kvrelay.errors import Unavailable
 from kvrelay.request import WorkerRole
@@ -100,7 +100,8 @@ def choose(
     chooser: Router, workers: list[WorkerView], num_tokens: int = 64, first: int = 0, name: str = "request"
 ) -> Route:
     digests = block_digests(root_digest(b"model", ""), range(first, first + num_tokens), BLOCK_SIZE)
-    return chooser.choose(name, num_tokens, digests, workers, now=1.0)
+    prompt = Prompt(num_tokens, digests, num_blocks=-(-num_tokens // BLOCK_SIZE))
+    return chooser.choose(name, prompt, workers, now=1.0)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gateway.prefilling import Prefilling
 from gateway.reservation import Reservation, reserves_late
-from gateway.router import Router, WorkerView
+from gateway.router import Prompt, Router, WorkerView
 from kvrelay.request import WorkerRole
 from kvrelay.v1 import worker_pb2
 
@@ -45,14 +45,14 @@ def test_more_need_or_less_room_never_makes_it_early(need: int, free: int, promi
 
 
 def late_for(num_tokens: int, blocks_free: int, waiting: int = 0, sent_before: int = 0, seen_at: float = 0.0) -> bool:
-    router = Router(block_size=16)
+    router, prompt = Router(block_size=16), Prompt(num_tokens, [], num_blocks=-(-num_tokens // 16))
     workers = [
         WorkerView("p", WorkerRole.PREFILL, 0, 0, 0, 100, seen_at),
         WorkerView("d", WorkerRole.DECODE, 0, waiting, 0, blocks_free, seen_at),
     ]
     for index in range(sent_before):
-        router.choose(f"r{index}", num_tokens, [], workers, now=1.0)
-    return router.choose("last", num_tokens, [], workers, now=1.0).reserves_late
+        router.choose(f"r{index}", prompt, workers, now=1.0)
+    return router.choose("last", prompt, workers, now=1.0).reserves_late
 
 
 def test_the_router_compares_the_prompt_with_what_is_free_waits_and_was_sent() -> None:

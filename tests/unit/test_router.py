@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from gateway.router import Router, WorkerView
+from gateway.router import Prompt, Router, WorkerView
 from kvrelay.engine.prefix import block_digests, root_digest
 from kvrelay.errors import Unavailable
 from kvrelay.request import WorkerRole
@@ -24,67 +24,68 @@ def decode(name: str, running: int = 0, blocks_free: int = 100, waiting: int = 0
 WORKERS = [prefill("p1"), prefill("p2"), decode("d1"), decode("d2")]
 
 
-def prompt(num_tokens: int, first: int = 0) -> tuple[int, list[bytes]]:
-    return num_tokens, block_digests(ROOT, range(first, first + num_tokens), BLOCK_SIZE)
+def prompt(num_tokens: int, first: int = 0, root: bytes = ROOT) -> Prompt:
+    digests = block_digests(root, range(first, first + num_tokens), BLOCK_SIZE)
+    return Prompt(num_tokens, digests, num_blocks=-(-num_tokens // BLOCK_SIZE))
 
 
 def test_an_idle_cluster_is_used_evenly() -> None:
     router = Router(BLOCK_SIZE)
-    routes = [router.choose(f"r{index}", *prompt(64, index * 1000), WORKERS, now=1.0) for index in range(4)]
+    routes = [router.choose(f"r{index}", prompt(64, index * 1000), WORKERS, now=1.0) for index in range(4)]
     assert [route.prefill_id for route in routes] == ["p1", "p2", "p1", "p2"]
     assert [route.decode_id for route in routes] == ["d1", "d2", "d1", "d2"]
 
 
 def test_the_order_of_the_workers_does_not_matter() -> None:
     for workers in (WORKERS, WORKERS[::-1]):
-        route = Router(BLOCK_SIZE).choose("r", *prompt(64), workers, now=1.0)
+        route = Router(BLOCK_SIZE).choose("r", prompt(64), workers, now=1.0)
         assert (route.prefill_id, route.decode_id) == ("p1", "d1")
 
 
 def test_prefill_goes_where_fewer_tokens_wait() -> None:
     workers = [prefill("p1", waiting_tokens=500), prefill("p2", waiting_tokens=400), decode("d1")]
-    assert Router(BLOCK_SIZE).choose("r", *prompt(64), workers, now=1.0).prefill_id == "p2"
+    assert Router(BLOCK_SIZE).choose("r", prompt(64), workers, now=1.0).prefill_id == "p2"
 
 
 def test_a_cached_prefix_is_worth_its_tokens() -> None:
     router = Router(BLOCK_SIZE)
-    assert router.choose("first", *prompt(64), WORKERS, now=1.0).prefill_id == "p1"
+    assert router.choose("first", prompt(64), WORKERS, now=1.0).prefill_id == "p1"
     router.finished("first")
     longer = prompt(100)
-    route = router.choose("second", *longer, [prefill("p1", 63), prefill("p2"), decode("d1")], now=1.0)
+    route = router.choose("second", longer, [prefill("p1", 63), prefill("p2"), decode("d1")], now=1.0)
     assert (route.prefill_id, route.num_uncached_tokens) == ("p1", 36)
     router.finished("second")
-    route = router.choose("third", *longer, [prefill("p1", 200), prefill("p2"), decode("d1")], now=1.0)
+    route = router.choose("third", longer, [prefill("p1", 200), prefill("p2"), decode("d1")], now=1.0)
     assert (route.prefill_id, route.num_uncached_tokens) == ("p2", 100)
 
 
 def test_a_prompt_that_is_cached_whole_still_costs_a_token() -> None:
     router = Router(BLOCK_SIZE)
-    router.choose("first", *prompt(64), WORKERS, now=1.0)
-    assert router.choose("second", *prompt(64), WORKERS, now=1.0, avoid={"p2"}).num_uncached_tokens == 1
+    router.choose("first", prompt(64), WORKERS, now=1.0)
+    assert router.choose("second", prompt(64), WORKERS, now=1.0, avoid={"p2"}).num_uncached_tokens == 1
 
 
 def test_another_salt_shares_nothing() -> None:
     router = Router(BLOCK_SIZE)
-    router.choose("first", *prompt(64), WORKERS, now=1.0)
-    salted = block_digests(root_digest(b"model", "salt"), range(64), BLOCK_SIZE)
-    assert router.choose("second", 64, salted, WORKERS, now=1.0, avoid={"p2"}).num_uncached_tokens == 64
+    router.choose("first", prompt(64), WORKERS, now=1.0)
+    salted = prompt(64, root=root_digest(b"model", "salt"))
+    assert router.choose("second", salted, WORKERS, now=1.0, avoid={"p2"}).num_uncached_tokens == 64
 
 
 def test_a_restarted_worker_has_an_empty_cache() -> None:
     router = Router(BLOCK_SIZE)
-    router.choose("first", *prompt(64), [prefill("p1"), decode("d1")], now=1.0)
+    router.choose("first", prompt(64), [prefill("p1"), decode("d1")], now=1.0)
     restarted = replace(prefill("p1"), epoch=1)
-    assert router.choose("second", *prompt(64), [restarted, decode("d1")], now=1.0).num_uncached_tokens == 64
-    assert router.choose("third", *prompt(64), [restarted, decode("d1")], now=1.0).num_uncached_tokens == 1
+    assert router.choose("second", prompt(64), [restarted, decode("d1")], now=1.0).num_uncached_tokens == 64
+    assert router.choose("third", prompt(64), [restarted, decode("d1")], now=1.0).num_uncached_tokens == 1
 
 
 def test_tokens_sent_count_until_the_next_heartbeat_tells_of_them() -> None:
     router = Router(BLOCK_SIZE)
-    router.choose("r1", *prompt(300), [prefill("p1"), decode("d1")], now=1.0)
+    router.choose("r1", prompt(300), [prefill("p1"), decode("d1")], now=1.0)
 
     def where(request_id: str, heartbeat: WorkerView) -> str:
-        route = router.choose(request_id, *prompt(10, 5000), [heartbeat, prefill("p2", 200), decode("d1")], now=2.0)
+        route = router.choose(request_id, prompt(10, 5000), [heartbeat, prefill("p2", 200), decode("d1")], now=2.0)
         router.finished(request_id)
         return route.prefill_id
 
@@ -95,10 +96,10 @@ def test_tokens_sent_count_until_the_next_heartbeat_tells_of_them() -> None:
 def test_a_computed_prompt_is_queued_no_more() -> None:
     for notify in ("prefill_done", "finished"):
         router = Router(BLOCK_SIZE)
-        router.choose("r1", *prompt(300), WORKERS, now=1.0)
+        router.choose("r1", prompt(300), WORKERS, now=1.0)
         getattr(router, notify)("r1")
         getattr(router, notify)("r1")
-        assert router.choose("r2", *prompt(64, 5000), WORKERS, now=1.0).prefill_id == "p1"
+        assert router.choose("r2", prompt(64, 5000), WORKERS, now=1.0).prefill_id == "p1"
 
 
 @pytest.mark.parametrize(
@@ -112,32 +113,32 @@ def test_a_computed_prompt_is_queued_no_more() -> None:
     ],
 )
 def test_decode_goes_where_sequences_are_few_for_the_free_blocks(workers: list[WorkerView], expected: str) -> None:
-    assert Router(BLOCK_SIZE).choose("r", *prompt(64), [prefill("p1"), *workers], now=1.0).decode_id == expected
+    assert Router(BLOCK_SIZE).choose("r", prompt(64), [prefill("p1"), *workers], now=1.0).decode_id == expected
 
 
 def test_decode_counts_what_was_sent_but_is_not_reported_yet() -> None:
     router = Router(BLOCK_SIZE)
     for index in range(3):
-        router.choose(f"r{index}", *prompt(16, index * 100), WORKERS, now=1.0, avoid={"d2"})
-    assert router.choose("r3", *prompt(16, 900), [*WORKERS[:3], decode("d2", running=2)], now=1.0).decode_id == "d2"
+        router.choose(f"r{index}", prompt(16, index * 100), WORKERS, now=1.0, avoid={"d2"})
+    assert router.choose("r3", prompt(16, 900), [*WORKERS[:3], decode("d2", running=2)], now=1.0).decode_id == "d2"
     router.finished("r3")
     for index in range(3):
         router.finished(f"r{index}")
-    assert router.choose("r4", *prompt(16, 901), WORKERS, now=1.0).decode_id == "d1"
+    assert router.choose("r4", prompt(16, 901), WORKERS, now=1.0).decode_id == "d1"
 
 
 def test_among_equal_decode_workers_the_prefix_decides() -> None:
     router = Router(BLOCK_SIZE)
-    router.choose("r1", *prompt(64), WORKERS, now=1.0, avoid={"d1"})
+    router.choose("r1", prompt(64), WORKERS, now=1.0, avoid={"d1"})
     router.finished("r1")
-    assert router.choose("r2", *prompt(64), WORKERS, now=1.0).decode_id == "d2"
-    assert router.choose("r3", *prompt(64, 5000), WORKERS, now=1.0).decode_id == "d1"
+    assert router.choose("r2", prompt(64), WORKERS, now=1.0).decode_id == "d2"
+    assert router.choose("r3", prompt(64, 5000), WORKERS, now=1.0).decode_id == "d1"
 
 
 def test_draining_and_avoided_workers_are_passed_over() -> None:
     router = Router(BLOCK_SIZE)
     draining = [replace(WORKERS[0], draining=True), *WORKERS[1:]]
-    route = router.choose("r", *prompt(64), draining, now=1.0, avoid={"d1"})
+    route = router.choose("r", prompt(64), draining, now=1.0, avoid={"d1"})
     assert (route.prefill_id, route.decode_id) == ("p2", "d2")
 
 
@@ -146,50 +147,50 @@ def test_without_workers_of_a_role_nothing_is_chosen(missing: set[str], stage: s
     router = Router(BLOCK_SIZE)
     others = [worker for worker in WORKERS if worker.worker_id not in missing]
     with pytest.raises(Unavailable) as caught:
-        router.choose("r", *prompt(64), others, now=1.0)
+        router.choose("r", prompt(64), others, now=1.0)
     assert (caught.value.reason, caught.value.metadata) == ("NO_WORKERS", {"stage": stage})
-    route = router.choose("r", *prompt(64), WORKERS, now=1.0)
+    route = router.choose("r", prompt(64), WORKERS, now=1.0)
     assert (route.prefill_id, route.decode_id, route.num_uncached_tokens) == ("p1", "d1", 64)
 
 
 def test_who_failed_is_better_than_nobody() -> None:
-    route = Router(BLOCK_SIZE).choose("r", *prompt(64), WORKERS, now=1.0, avoid={"p1", "p2", "d1", "d2"})
+    route = Router(BLOCK_SIZE).choose("r", prompt(64), WORKERS, now=1.0, avoid={"p1", "p2", "d1", "d2"})
     assert (route.prefill_id, route.decode_id) == ("p1", "d1")
 
 
 def test_a_move_takes_another_decode_worker_and_keeps_the_prefill_worker() -> None:
     router = Router(BLOCK_SIZE)
-    router.choose("r1", *prompt(64), WORKERS, now=1.0)
-    assert router.move("r1", *prompt(64), WORKERS, now=1.0) == "d2"
+    router.choose("r1", prompt(64), WORKERS, now=1.0)
+    assert router.move("r1", prompt(64), WORKERS, now=1.0) == "d2"
     # It counts as the new worker's from then on.
-    assert router.choose("r2", *prompt(64, 5000), WORKERS, now=1.0).decode_id == "d1"
+    assert router.choose("r2", prompt(64, 5000), WORKERS, now=1.0).decode_id == "d1"
     with pytest.raises(Unavailable):
-        router.move("r1", *prompt(64), [prefill("p1"), decode("d2")], now=1.0)
+        router.move("r1", prompt(64), [prefill("p1"), decode("d2")], now=1.0)
 
 
 def test_a_move_avoids_workers_where_there_are_others() -> None:
     router = Router(BLOCK_SIZE)
     workers = [*WORKERS, decode("d3")]
-    router.choose("r1", *prompt(64), workers, now=1.0)
-    assert router.move("r1", *prompt(64), workers, now=1.0, avoid=["d2"]) == "d3"
-    assert router.move("r1", *prompt(64), workers, now=1.0, avoid=["d1", "d2"]) == "d1"
+    router.choose("r1", prompt(64), workers, now=1.0)
+    assert router.move("r1", prompt(64), workers, now=1.0, avoid=["d2"]) == "d3"
+    assert router.move("r1", prompt(64), workers, now=1.0, avoid=["d1", "d2"]) == "d1"
 
 
 def test_blocks_are_promised_by_the_worker_that_a_request_moved_to() -> None:
     router = Router(BLOCK_SIZE)
     workers = [prefill("p1"), decode("d1", blocks_free=11), decode("d2", blocks_free=10)]
-    assert router.choose("r1", *prompt(64), workers, now=1.0).decode_id == "d1"
-    router.move("r1", *prompt(64), workers, now=1.0)
-    assert router.choose("r2", *prompt(64, 5000), workers, now=1.0, avoid=["d1"]).reserves_late
-    assert not router.choose("r3", *prompt(64, 9000), workers, now=1.0, avoid=["d2"]).reserves_late
+    assert router.choose("r1", prompt(64), workers, now=1.0).decode_id == "d1"
+    router.move("r1", prompt(64), workers, now=1.0)
+    assert router.choose("r2", prompt(64, 5000), workers, now=1.0, avoid=["d1"]).reserves_late
+    assert not router.choose("r3", prompt(64, 9000), workers, now=1.0, avoid=["d2"]).reserves_late
 
 
 def test_a_request_that_is_routed_again_leaves_its_first_workers() -> None:
     router = Router(BLOCK_SIZE)
-    router.choose("r1", *prompt(64), WORKERS, now=1.0)
-    route = router.choose("r1", *prompt(64), WORKERS, now=1.0, avoid={"p1", "d1"})
+    router.choose("r1", prompt(64), WORKERS, now=1.0)
+    route = router.choose("r1", prompt(64), WORKERS, now=1.0, avoid={"p1", "d1"})
     assert (route.prefill_id, route.decode_id) == ("p2", "d2")
-    route = router.choose("r2", *prompt(64, 5000), WORKERS, now=1.0)
+    route = router.choose("r2", prompt(64, 5000), WORKERS, now=1.0)
     assert (route.prefill_id, route.decode_id) == ("p1", "d1")
 
 
@@ -199,7 +200,7 @@ def test_the_memory_of_prefixes_is_bounded_and_forgets_the_oldest_ends_first() -
 
     def num_uncached(first: int) -> int:
         router.finished("r")
-        return router.choose("r", *prompt(64, first), alone, now=1.0).num_uncached_tokens
+        return router.choose("r", prompt(64, first), alone, now=1.0).num_uncached_tokens
 
     assert num_uncached(0) == 64
     assert num_uncached(1000) == 64
