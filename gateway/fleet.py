@@ -15,7 +15,7 @@ from kvrelay.control.membership import WorkerEntry
 from kvrelay.control.registry import WorkerRecord
 from kvrelay.errors import KvrelayError, Unavailable
 from kvrelay.request import WorkerRole, WorkerState
-from kvrelay.rpc import open_channel, translated
+from kvrelay.rpc import is_being_cancelled, open_channel, translated
 from kvrelay.v1 import worker_pb2, worker_pb2_grpc
 
 __all__ = ["Connection", "Fleet", "TokenSink"]
@@ -104,9 +104,7 @@ class Connection:
                 async for response in call:
                     yield response
             except asyncio.CancelledError:
-                # gRPC cancels the calls of a channel that is closed, which is not this task's own cancellation.
-                task = asyncio.current_task()
-                if task is not None and task.cancelling():
+                if is_being_cancelled():
                     raise
                 raise Unavailable("the connection was closed") from None
 

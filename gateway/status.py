@@ -10,6 +10,7 @@ from kvrelay.control.directory import WorkerDirectory
 from kvrelay.control.membership import WorkerEntry
 from kvrelay.errors import KvrelayError
 from kvrelay.request import GatewayStatus, LinkStatus, Model, WorkerState, WorkerStatus
+from kvrelay.rpc import is_being_cancelled
 from kvrelay.v1 import inference_pb2, worker_pb2
 
 __all__ = ["ClusterView"]
@@ -71,9 +72,7 @@ async def _ask(connection: Connection | None) -> worker_pb2.GetStatusResponse | 
     except KvrelayError:
         return None
     except asyncio.CancelledError:
-        # gRPC cancels the calls of a channel that is closed, which is not this task's own cancellation.
-        task = asyncio.current_task()
-        if task is not None and task.cancelling():
+        if is_being_cancelled():
             raise
         return None
 

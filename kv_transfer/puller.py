@@ -19,7 +19,7 @@ from kvrelay import failpoints, telemetry
 from kvrelay.engine.kv_cache import KvCache
 from kvrelay.engine.sequence import BorrowedBlocks
 from kvrelay.errors import FailedPrecondition, KvrelayError, NotFound
-from kvrelay.rpc import translated
+from kvrelay.rpc import is_being_cancelled, translated
 from kvrelay.v1 import kv_pb2
 
 __all__ = ["Pulled", "Puller"]
@@ -119,18 +119,12 @@ class Puller:
         except KvrelayError as error:
             raise TransferFailed(error.message, reason=error.reason, verified_blocks=transfer.num_verified) from error
         except (asyncio.CancelledError, aio.BaseError) as error:
-            # gRPC cancels the calls of a channel that is closed, which is not this task's own cancellation.
-            if isinstance(error, asyncio.CancelledError) and _is_being_cancelled():
+            if isinstance(error, asyncio.CancelledError) and is_being_cancelled():
                 raise
             message = "the link was closed"
             raise TransferFailed(message, reason="LINK_CLOSED", verified_blocks=transfer.num_verified) from error
         self._bytes.add(pulled.num_bytes, {telemetry.Attribute.TRANSPORT: pulled.transport})
         return pulled
-
-
-def _is_being_cancelled() -> bool:
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
 
 
 class _Transfer:

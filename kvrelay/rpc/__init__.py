@@ -4,7 +4,14 @@ A handler is an async function or an async generator that raises `kvrelay.errors
 A caller wraps its calls in `translated()` and catches `kvrelay.errors`.
 """
 
-from kvrelay.rpc.channel import MAX_RESPONSE_BYTES, error_from_rpc, open_channel, open_sync_channel, translated
+from kvrelay.rpc.channel import (
+    MAX_RESPONSE_BYTES,
+    error_from_rpc,
+    is_being_cancelled,
+    open_channel,
+    open_sync_channel,
+    translated,
+)
 from kvrelay.rpc.server import MAX_REQUEST_BYTES, Server, Service, deadline_of
 
 __all__ = [
@@ -14,6 +21,7 @@ __all__ = [
     "Service",
     "deadline_of",
     "error_from_rpc",
+    "is_being_cancelled",
     "open_channel",
     "open_sync_channel",
     "translated",

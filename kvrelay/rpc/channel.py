@@ -1,5 +1,6 @@
 """Channels to other processes, and their errors as `kvrelay.errors`."""
 
+import asyncio
 import contextlib
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +17,7 @@ __all__ = [
     "MAX_RESPONSE_BYTES",
     "STATUS_DETAILS_KEY",
     "error_from_rpc",
+    "is_being_cancelled",
     "open_channel",
     "open_sync_channel",
     "translated",
@@ -39,6 +41,15 @@ _CHANNEL_OPTIONS = (
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_http_proxy", 0),
 )
+
+
+def is_being_cancelled() -> bool:
+    """Whether a CancelledError is of the current task, and not of the call that it waits for.
+
+    gRPC cancels the calls of a channel that is closed, too.
+    """
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _channel_options(max_message_bytes: int) -> list[tuple[str, int]]:

@@ -22,7 +22,7 @@ from kvrelay.errors import (
     Unavailable,
     error_for_code,
 )
-from kvrelay.rpc.channel import STATUS_DETAILS_KEY
+from kvrelay.rpc.channel import STATUS_DETAILS_KEY, is_being_cancelled
 
 __all__ = ["Calls", "Interceptor", "Parser"]
 
@@ -177,7 +177,7 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         task = asyncio.current_task()
         if (error := self._calls.why_ended(task)) is not None:
             return error
-        if task is not None and task.cancelling():
+        if is_being_cancelled():
             raise cancelled  # the client left or its deadline passed
         # What the handler waited for was cancelled, not the handler; gRPC would leave the client without an answer.
         return _incident(method, cancelled)
