@@ -8,6 +8,7 @@ The first to come makes it. Whoever joins takes a slot: a byte of the file that 
 and a row of the books that nobody else writes to.
 """
 
+import contextlib
 import json
 import math
 import mmap
@@ -128,23 +129,22 @@ class PoolFile:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise ConfigurationError(f"shared_pool: {path}: {error.strerror}") from error
-        try:
+        with contextlib.ExitStack() as unless_joined:
+            unless_joined.callback(os.close, fd)
             _check_file(path, fd)
-            lock(fd, _JOINING_BYTE)
-            found = _read_description(fd)
-            if found is None:
-                check_memory(size)
-                _make(fd, size, num_blocks, wanted)
-                found = wanted
-            _check_equal(path, found, wanted)
-            pool = cls(fd, num_blocks, bytes.fromhex(found["nonce"]), _claim_slot(path, fd), size)
-            unlock(fd, _JOINING_BYTE)
-        except (OSError, OverflowError) as error:
-            os.close(fd)
-            raise ConfigurationError(f"shared_pool: {path}: no {size >> 20} MiB for it: {error}") from error
-        except BaseException:
-            os.close(fd)
-            raise
+            try:
+                lock(fd, _JOINING_BYTE)
+                found = _read_description(fd)
+                if found is None:
+                    check_memory(size)
+                    _make(fd, size, num_blocks, wanted)
+                    found = wanted
+                _check_equal(path, found, wanted)
+                pool = cls(fd, num_blocks, bytes.fromhex(found["nonce"]), _claim_slot(path, fd), size)
+                unlock(fd, _JOINING_BYTE)
+            except (OSError, OverflowError) as error:
+                raise ConfigurationError(f"shared_pool: {path}: no {size >> 20} MiB for it: {error}") from error
+            unless_joined.pop_all()
         return pool
 
     def lives(self, slot: int) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.parse import urlparse
 
-__all__ = ["NoDaemon", "docker_daemon", "import_stand_in", "run"]
+__all__ = ["docker_daemon", "import_stand_in", "run", "why_no_daemon"]
 
 _START_SECONDS = 60
 _MEMORY_BYTES = 8 << 30
@@ -21,8 +21,16 @@ _STAND_IN_PACKAGES = ("python3", "python3-venv", "ca-certificates", "redis-serve
 _CACHE = Path("/var/cache/kvrelay-tests")
 
 
-class NoDaemon(Exception):
-    """Why no daemon can be started here."""
+def why_no_daemon() -> str:
+    """What this machine or this user lacks to start one; empty if nothing."""
+    if os.geteuid() != 0:
+        return "only root may start one"
+    if missing := [name for name in ("docker", "dockerd", "debootstrap", "unshare") if shutil.which(name) is None]:
+        return f"not installed: {', '.join(missing)}"
+    if not os.access("/sys/fs/cgroup", os.W_OK):
+        return "control groups cannot be made"
+    tried = subprocess.run(["unshare", "--mount", "true"], capture_output=True, text=True, timeout=30)
+    return tried.stderr.strip() if tried.returncode else ""
 
 
 def run(*command: str, environment: Mapping[str, str] | None = None, folder: Path | None = None) -> str:
@@ -53,12 +61,8 @@ def docker_daemon() -> Iterator[str]:
     through Docker's own proxy.
 
     Raises:
-        NoDaemon: saying why.
+        RuntimeError: it does not start; with the end of its log.
     """
-    if os.geteuid() != 0:
-        raise NoDaemon("only root can start a Docker daemon")
-    if shutil.which("dockerd") is None:
-        raise NoDaemon("dockerd is not installed")
     with _scratch_folder() as folder:
         host = f"unix://{folder}/docker.sock"
         with (folder / "log").open("wb") as log:
@@ -107,7 +111,7 @@ def _wait_for(daemon: "subprocess.Popen[bytes]", host: str, log: Path) -> None:
             run("docker", "--host", host, "version")
             return
         time.sleep(0.2)
-    raise NoDaemon(f"dockerd does not start here; the end of its log:\n{log.read_text(errors='replace')[-2000:]}")
+    raise RuntimeError(f"dockerd does not start here; the end of its log:\n{log.read_text(errors='replace')[-2000:]}")
 
 
 def import_stand_in(host: str, *tags: str) -> None:

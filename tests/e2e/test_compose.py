@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from cluster import free_port
-from docker_kit import NoDaemon, docker_daemon, import_stand_in, run
+from docker_kit import docker_daemon, import_stand_in, run, why_no_daemon
 
 from kvrelay import Client, Unavailable
 
@@ -18,7 +18,11 @@ ROOT = Path(__file__).resolve().parents[2]
 PUBLIC_IMAGES = ("python:3.11-slim-bookworm", "python:3.11-bookworm", "redis:7.2-bookworm")
 PROJECT = "kvrelay-test"
 
-pytestmark = pytest.mark.timeout(1200)  # on a bare machine it first makes a Debian, then downloads PyTorch
+LACKING = why_no_daemon()
+pytestmark = [
+    pytest.mark.timeout(1200),  # on a bare machine it first makes a Debian, then downloads PyTorch
+    pytest.mark.skipif(bool(LACKING), reason=f"needs a Docker daemon of its own: {LACKING}"),
+]
 
 
 class Compose:
@@ -61,19 +65,15 @@ def wait_until(condition: Callable[[], bool], seconds: float, what: Callable[[],
 
 @pytest.fixture(scope="module")
 def compose() -> Iterator[Compose]:
-    try:
-        with docker_daemon() as host:
-            import_stand_in(host, *PUBLIC_IMAGES)
-            compose = Compose(host)
-            # Built by docker rather than by compose, because only here does a build need the host's network.
-            compose.docker("build", "--network=host", "--target=cpu", "--tag=kvrelay:cpu", ".")
-            try:
-                yield compose
-            finally:
-                compose("down", "--volumes", "--timeout", "5")
-    except NoDaemon as reason:
-        # A daemon needs root, cgroups and a file system for layers, which a container or a laptop may not give.
-        pytest.skip(f"no Docker daemon can be started: {reason}")
+    with docker_daemon() as host:
+        import_stand_in(host, *PUBLIC_IMAGES)
+        compose = Compose(host)
+        # Built by docker rather than by compose, because only here does a build need the host's network.
+        compose.docker("build", "--network=host", "--target=cpu", "--tag=kvrelay:cpu", ".")
+        try:
+            yield compose
+        finally:
+            compose("down", "--volumes", "--timeout", "5")
 
 
 def health(container: Any) -> str:

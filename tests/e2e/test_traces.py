@@ -1,5 +1,6 @@
 """One request is one trace through all processes, at a real OTLP receiver."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -131,20 +132,15 @@ def receiver() -> Iterator[Receiver]:
 def traced(receiver: Receiver, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A cluster that exports to the receiver."""
     run_dir = tmp_path_factory.mktemp("traced") / "run"
-    starting = start_cluster(run_dir, tiny_llama, num_blocks=1024)
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{receiver.port}")
-        environment.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
-        environment.setenv("OTEL_METRIC_EXPORT_INTERVAL", "500")
-        cluster = starting.__enter__()
-    try:
+    with contextlib.ExitStack() as cleanup:
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{receiver.port}")
+            environment.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
+            environment.setenv("OTEL_METRIC_EXPORT_INTERVAL", "500")
+            cluster = cleanup.enter_context(start_cluster(run_dir, tiny_llama, num_blocks=1024))
         # Until the decode worker knows the prefill worker from the registry, it computes the prompts itself.
         eventually(lambda: are_paired(cluster), 10, "the workers are paired")
         yield cluster
-    except BaseException:
-        starting.__exit__(*sys.exc_info())
-        raise
-    starting.__exit__(None, None, None)
 
 
 def are_paired(cluster: Cluster) -> bool:

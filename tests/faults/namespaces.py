@@ -8,13 +8,9 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Host", "NoNamespaces", "hosts"]
+__all__ = ["Host", "hosts", "why_no_namespaces"]
 
 _numbers = itertools.count()
-
-
-class NoNamespaces(Exception):
-    """This machine does not let us make them; says why."""
 
 
 @dataclass(frozen=True)
@@ -44,17 +40,19 @@ class Host:
         _run(*self.command("iptables", "-F"))
 
 
+def why_no_namespaces() -> str:
+    """What this machine or this user lacks for them; empty if nothing."""
+    if os.geteuid() != 0:
+        return "only root may make them"
+    if missing := [name for name in ("ip", "iptables", "unshare") if shutil.which(name) is None]:
+        return f"not installed: {', '.join(missing)}"
+    tried = subprocess.run(["unshare", "--net", "iptables", "--list"], capture_output=True, text=True, timeout=30)
+    return tried.stderr.strip() if tried.returncode else ""
+
+
 @contextlib.contextmanager
 def hosts(count: int) -> Iterator[Sequence[Host]]:
-    """Hosts that reach one another, the first of which carries the bridge.
-
-    Raises:
-        NoNamespaces: this machine has none for us.
-    """
-    if os.geteuid() != 0:
-        raise NoNamespaces("only root may make network namespaces")
-    if missing := [name for name in ("ip", "iptables") if shutil.which(name) is None]:
-        raise NoNamespaces(f"not installed: {', '.join(missing)}")
+    """Hosts that reach one another, the first of which carries the bridge."""
     prefix = f"kv{os.getpid()}-{next(_numbers)}"
     made = [Host(f"{prefix}-{index}", f"10.77.0.{index + 1}") for index in range(count)]
     with contextlib.ExitStack() as cleanup:
@@ -63,7 +61,6 @@ def hosts(count: int) -> Iterator[Sequence[Host]]:
             cleanup.callback(_run, "ip", "netns", "del", host.namespace)
             _run("ip", "-n", host.namespace, "link", "set", "lo", "up")
         _bridge(made)
-        _run(*made[-1].command("iptables", "-L"))
         yield made
 
 
@@ -87,4 +84,4 @@ def _bridge(made: Sequence[Host]) -> None:
 def _run(*command: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     if done.returncode != 0:
-        raise NoNamespaces(f"{' '.join(command)}: {done.stderr.strip()}")
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")

@@ -1,5 +1,6 @@
 """A network between prefill and decode worker that loses or resets packets: computed again, and never garbage."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -12,13 +13,17 @@ import pytest
 from kvrelay.control.private_redis import PrivateRedis
 from tests.checkpoints import make_checkpoint
 from tests.e2e.cluster import eventually
-from tests.faults.namespaces import Host, NoNamespaces, hosts
+from tests.faults.namespaces import Host, hosts, why_no_namespaces
 from tests.faults.process import Process
 
 PORT = 50051
 PROMPT = "Once upon a time a prefill worker lost its decode worker."
 START_SECONDS, ANSWER_SECONDS, WHOLE_SECONDS = 120, 60, 30
 SETTINGS = ("--block-size=4", "--num-blocks=512", "--threads=1", "--transport=grpc", "--no-prefix-caching")
+
+# What a partition does is tried by the proxy, too, which anybody may run.
+LACKING = why_no_namespaces()
+pytestmark = pytest.mark.skipif(bool(LACKING), reason=f"needs network namespaces and a packet filter: {LACKING}")
 
 
 class Cluster:
@@ -91,26 +96,18 @@ def tokens(process: "subprocess.Popen[str]") -> list[int]:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("namespaces")
-    making = hosts(3)
-    try:
-        places = making.__enter__()
-    except NoNamespaces as reason:
-        # Only root may cut a network in two; what a partition does is also tried by the proxy, which anybody may run.
-        pytest.skip(f"no network of our own can be made: {reason}")
+    model = make_checkpoint(folder / "model", "llama", num_hidden_layers=1)
     redis = PrivateRedis(folder / "redis")
-    cluster = None
-    try:
-        model = make_checkpoint(folder / "model", "llama", num_hidden_layers=1)
+    with contextlib.ExitStack() as cleanup:
+        places = cleanup.enter_context(hosts(3))
+        cleanup.callback(redis.stop)
         redis.start()
         cluster = Cluster(folder, model, places, redis.url)
+        for process in cluster.processes.values():
+            cleanup.callback(process.end)
         cluster.start()
         eventually(cluster.is_ready, START_SECONDS, "both workers ready and paired")
         yield cluster
-    finally:
-        for process in cluster.processes.values() if cluster else ():
-            process.end()
-        redis.stop()
-        making.__exit__(None, None, None)
 
 
 @pytest.fixture(scope="module")
