@@ -8,16 +8,18 @@ from typing import Any
 
 import pytest
 
-from kvrelay import AsyncClient, ResourceExhausted, rpc
+from kvrelay import AsyncClient, ResourceExhausted
 from kvrelay.bench.load import LoadGenerator, Outcome, Record, RequestOptions
 from kvrelay.bench.runner import measure_load
 from kvrelay.bench.settings import parse
 from kvrelay.bench.workload import Job, Workload
 from kvrelay.v1 import inference_pb2 as pb
 from kvrelay.v1 import inference_pb2_grpc
+from tests.contract.client_kit import TIME_LIMIT
+
+pytest_plugins = ["client_kit"]
 
 OPTIONS = RequestOptions(model="m", id_prefix="bench-x", temperature=0.5, seed=40, timeout=5.0)
-TIME_LIMIT = 20
 
 
 class Servicer(inference_pb2_grpc.InferenceServiceServicer):
@@ -68,18 +70,6 @@ class Servicer(inference_pb2_grpc.InferenceServiceServicer):
 @pytest.fixture
 async def servicer() -> Servicer:
     return Servicer()
-
-
-@pytest.fixture
-async def target(servicer: Servicer) -> AsyncIterator[str]:
-    add = inference_pb2_grpc.add_InferenceServiceServicer_to_server
-    server = rpc.Server("127.0.0.1", 0, [rpc.Service("kvrelay.v1.InferenceService", add, servicer)])
-    port = await server.start()
-    try:
-        async with asyncio.timeout(TIME_LIMIT):
-            yield f"127.0.0.1:{port}"
-    finally:
-        await server.stop()
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from kvrelay import Client
 from tests.checkpoints import make_checkpoint
 from tests.e2e.cluster import Cluster, start_cluster
 
@@ -32,6 +33,12 @@ def cluster(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     limits = {"max_running": 8, "max_waiting": 8, "replay_requests": 8}
     with start_cluster(run_dir, tiny_llama, num_blocks=4096, **limits) as cluster:
         yield cluster
+
+
+@pytest.fixture
+def client(cluster: Cluster) -> Iterator[Client]:
+    with cluster.client() as client:
+        yield client
 
 
 @pytest.fixture(autouse=True)

@@ -1,108 +1,47 @@
 """What clients may send that is wrong, and the answer to each: the list in the reliability document, 1 to 28.
 
 After every one of them the workers are the same processes, their pools are whole, and the next request works.
+What is well-formed but comes at the wrong time (20, 22 to 25) is in `test_refused_requests.py`.
 """
 
 import contextlib
 import itertools
-import re
-import signal
 import socket
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from random import Random
 from typing import Any
 
-import grpc
 import pytest
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvrelay import Client, rpc
-from kvrelay.client import Stream
 from kvrelay.errors import (
     AlreadyExists,
-    DeadlineExceeded,
     FailedPrecondition,
     InvalidArgument,
-    KvrelayError,
     NotFound,
-    OutOfRange,
     ResourceExhausted,
-    Unavailable,
     Unimplemented,
 )
-from kvrelay.request import Chunk, FinishReason
+from kvrelay.request import FinishReason
 from kvrelay.v1 import inference_pb2 as pb
 from tests.checkpoints import VOCAB_SIZE
-from tests.e2e.cluster import Cluster, eventually, free_port
+from tests.e2e.bad_inputs_kit import (
+    CONTEXT,
+    CONTROL,
+    FOREVER,
+    SERVICE,
+    a_request,
+    answer,
+    chat,
+    refusal,
+    sampled,
+    tokens,
+)
+from tests.e2e.cluster import Cluster
 
-SERVICE = "/kvrelay.v1.InferenceService/"
-CONTEXT = 8192
-MAX_RUNNING, MAX_WAITING, REPLAY_REQUESTS = 8, 8, 8  # of the shared cluster
-FOREVER: dict[str, Any] = {"max_tokens": CONTEXT, "ignore_eos": True, "temperature": 0}
+pytest_plugins = ["bad_inputs_kit"]
+pytestmark = pytest.mark.usefixtures("unharmed")
+
 NAN, INFINITY = float("nan"), float("inf")
-INTERNALS = re.compile(r"Traceback|\.py\b|\b[A-Z]\w*(Error|Exception|Argument)\b|object at 0x|<class|\bNone\b|/\w+/\w+")
-CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
-
-Fields = dict[str, Any]
-
-
-@pytest.fixture(scope="module")
-def client(cluster: Cluster) -> Iterator[Client]:
-    with cluster.client() as client:
-        yield client
-
-
-@pytest.fixture(autouse=True)
-def unharmed(cluster: Cluster, client: Client) -> Iterator[None]:
-    pids, expected = process_ids(cluster), answer(client)
-    yield
-    cluster.wait_whole()
-    assert answer(client) == expected
-    assert process_ids(cluster) == pids
-
-
-def process_ids(cluster: Cluster) -> dict[str, int]:
-    status = cluster.status()
-    gateways = {gateway.id: gateway.pid for gateway in status.gateways if gateway.address == cluster.target}
-    return gateways | {worker.id: worker.pid for worker in status.workers}
-
-
-def answer(client: Client) -> tuple[int, ...]:
-    return client.complete("a good request", max_tokens=3, temperature=0, timeout=30).token_ids
-
-
-def refusal(target: str, message: bytes, method: str = "Generate") -> KvrelayError:
-    """What the server says to these bytes, which no client of ours would send."""
-    with rpc.open_sync_channel(target) as channel:
-        call = channel.unary_stream(SERVICE + method, None, None)
-        with pytest.raises(KvrelayError) as caught, rpc.translated():
-            list(call(message, timeout=30))
-    assert not INTERNALS.search(caught.value.message)
-    assert not CONTROL.search(caught.value.message.replace("\n", "\x00"))
-    return caught.value
-
-
-def a_request(**fields: Any) -> bytes:
-    """A good request but for these fields; `sampling` is a mapping."""
-    sampling = pb.SamplingParams(**fields.pop("sampling", {}))
-    if not {"text", "token_ids", "chat"} & fields.keys():
-        fields["text"] = "Once upon a time"
-    return pb.GenerateRequest(sampling=sampling, **fields).SerializeToString()
-
-
-def sampled(**fields: Any) -> bytes:
-    return a_request(sampling=fields)
-
-
-def tokens(ids: Sequence[int]) -> bytes:
-    return a_request(token_ids=pb.TokenIds(ids=ids))
-
-
-def chat(*messages: tuple[str, str]) -> bytes:
-    return a_request(chat=pb.Chat(messages=[pb.ChatMessage(role=role, content=text) for role, text in messages]))
 
 
 # 1 to 13, 21: fields
@@ -253,154 +192,6 @@ def test_an_unknown_model(cluster: Cluster, model: str) -> None:  # 17, 27
     assert isinstance(error, NotFound)
     assert "'tiny-llama'" in error.message
     assert len(error.message) < 200
-
-
-# 20, 23: identity and replay
-
-
-def test_an_id_is_not_used_for_another_body(client: Client) -> None:  # 20
-    with client.generate("Once", **FOREVER) as stream:
-        next(stream)
-        with pytest.raises(AlreadyExists, match=stream.request_id):
-            client.complete("Twice", request_id=stream.request_id, max_tokens=1)
-        assert next(stream).seq == 2  # undisturbed
-    client.complete("Once", request_id="done", max_tokens=1)
-    for salt, seed in (("x", None), ("", 1)):
-        with pytest.raises(AlreadyExists):
-            client.complete("Once", request_id="done", max_tokens=1, cache_salt=salt, seed=seed)
-    forget(client)
-    with pytest.raises(AlreadyExists):
-        client.complete("Once", request_id="done", max_tokens=2)
-
-
-def forget(client: Client) -> None:
-    """Makes the gateway drop the responses of all requests before."""
-    for _ in range(REPLAY_REQUESTS):
-        client.complete("a", max_tokens=1)
-
-
-def test_resuming_past_the_end(client: Client) -> None:  # 23
-    def run(resume_after_seq: int | None) -> list[Chunk]:
-        return list(client.generate("Once", max_tokens=3, request_id="past", resume_after_seq=resume_after_seq))
-
-    last = run(None)[-1].seq
-    assert run(last) == []
-    for seq in (last + 1, 2**64 - 1):
-        with pytest.raises(OutOfRange, match=f"resume_after_seq: {seq}.* {last}$"):
-            run(seq)
-
-
-@pytest.mark.parametrize("resume_after_seq", [None, 0, 1])
-def test_resuming_what_is_not_held_any_more(client: Client, resume_after_seq: int | None) -> None:  # 23
-    request_id = f"evicted-{resume_after_seq}"
-    client.complete("Once", request_id=request_id, max_tokens=3)
-    forget(client)
-    with pytest.raises(FailedPrecondition) as caught:
-        client.complete("Once", request_id=request_id, max_tokens=3, resume_after_seq=resume_after_seq)
-    assert caught.value.reason == "RESPONSES_NOT_HELD"
-
-
-def test_resuming_what_never_was(client: Client) -> None:  # 23
-    with pytest.raises(FailedPrecondition):
-        client.complete("Once", request_id="never-was", max_tokens=3, resume_after_seq=1)
-
-
-# 22, 24, 25: no time, no room, no more work
-
-
-class Gateway:
-    """Another gateway process of the cluster."""
-
-    def __init__(self, target: str, process: "subprocess.Popen[bytes]") -> None:
-        self.target = target
-        self.process = process
-
-    def is_serving(self) -> bool:
-        assert self.process.poll() is None
-        with rpc.open_sync_channel(self.target) as channel:
-            try:
-                answer = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
-            except grpc.RpcError:
-                return False
-        return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
-
-
-@contextlib.contextmanager
-def another_gateway(cluster: Cluster, name: str, *flags: str) -> Iterator[Gateway]:
-    port = free_port()
-    settings = ["--config", str(cluster.run_dir / "settings.toml"), "--port", str(port), "--worker-id", name]
-    with (cluster.run_dir / "logs" / f"{name}.log").open("wb") as log:
-        process = subprocess.Popen([sys.executable, "-m", "kvrelay", "gateway", *settings, *flags], stderr=log)
-    try:
-        gateway = Gateway(f"127.0.0.1:{port}", process)
-        eventually(gateway.is_serving, 60, f"{name} serving")
-        yield gateway
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-
-
-@contextlib.contextmanager
-def all_places_taken(client: Client) -> Iterator[list[Stream]]:
-    """As many requests run as may."""
-    with contextlib.ExitStack() as streams:
-        running = [streams.enter_context(client.generate(f"first {i}", **FOREVER)) for i in range(MAX_RUNNING)]
-        for stream in running:
-            next(stream)
-        yield running
-
-
-def wait_until_waiting(cluster: Cluster, count: int) -> None:
-    eventually(lambda: cluster.status().queue.waiting == count, 10, f"{count} requests wait")
-
-
-def test_a_full_queue(cluster: Cluster, client: Client) -> None:  # 24
-    with ThreadPoolExecutor(MAX_WAITING) as threads, all_places_taken(client) as running:
-        waiting = [threads.submit(client.complete, "second", max_tokens=2, ignore_eos=True) for _ in range(MAX_WAITING)]
-        wait_until_waiting(cluster, MAX_WAITING)
-        error = refusal(cluster.target, a_request())
-        assert isinstance(error, ResourceExhausted)
-        assert error.reason == "QUEUE_FULL"
-        assert error.retry_after is not None
-        assert 0 < error.retry_after <= 60
-        assert next(running[0]).seq == 2
-        running.pop().close()
-        assert [future.result(30).usage.completion_tokens for future in waiting] == [2] * MAX_WAITING
-
-
-def test_a_deadline_that_passes_in_the_queue_starts_nothing(cluster: Cluster, client: Client) -> None:  # 22
-    prompt = [7 + number % 400 for number in range(64)]  # four blocks; a worker that has computed them has them cached
-    with all_places_taken(client):
-        with pytest.raises(DeadlineExceeded):
-            client.complete(token_ids=prompt, max_tokens=1, timeout=0.3)
-        wait_until_waiting(cluster, 0)
-    assert client.complete(token_ids=prompt, max_tokens=1).usage.cached_tokens == 0
-    assert client.complete(token_ids=prompt, max_tokens=1).usage.cached_tokens > 0
-
-
-def test_a_deadline_that_has_passed_starts_nothing(client: Client) -> None:  # 22
-    for index, timeout in enumerate([0, 1e-9, 1e-6, 1e-4]):
-        prompt = list(range(100 * index + 50, 100 * index + 114))
-        with pytest.raises(DeadlineExceeded):
-            client.complete(token_ids=prompt, max_tokens=1, timeout=timeout)
-        assert client.complete(token_ids=prompt, max_tokens=1).usage.cached_tokens == 0
-
-
-def test_a_draining_gateway(cluster: Cluster) -> None:  # 25
-    with another_gateway(cluster, "draining") as gateway, Client(gateway.target, timeout=60) as client:
-        with client.generate("first", **FOREVER) as running:
-            seq = next(running).seq
-            gateway.process.send_signal(signal.SIGTERM)
-            eventually(lambda: not gateway.is_serving(), 10, "draining")
-            with pytest.raises(Unavailable) as caught:
-                client.complete("second", max_tokens=1)
-            assert caught.value.reason == "DRAINING"
-            assert client.status().workers
-            assert next(running).seq == seq + 1  # what runs goes on
-        assert gateway.process.wait(30) == 0
 
 
 # 26 to 28: around the request

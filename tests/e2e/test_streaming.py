@@ -26,12 +26,6 @@ REPLACEMENT = "\ufffd"
 
 
 @pytest.fixture(scope="module")
-def client(cluster: Cluster) -> Iterator[Client]:
-    with cluster.client() as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
 def tokenizer(tiny_llama: Path) -> Tokenizer:
     return Tokenizer.from_file(str(tiny_llama / "tokenizer.json"))
 

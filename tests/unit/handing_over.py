@@ -4,144 +4,24 @@ What crosses the wire is done here by hand, in the order in which `KvService` an
 between something else may happen. Whoever joins a batch must have the KV cache of its own prompt.
 """
 
-from collections.abc import Callable
-
 import hypothesis.strategies as st
-from handover_lives import (
-    BLOCK_SIZE,
-    CHOICES,
-    CONTEXT_LENGTH,
-    KEY,
-    LEASE_SECONDS,
-    WAITS,
-    Block,
-    DecodeWorker,
-    Life,
-    Loss,
-    PrefillWorker,
-    Run,
-    Side,
-    Spec,
-    Taking,
-)
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from handover_invariants import refuses
+from handover_lives import KEY, LEASE_SECONDS, Block, Life, Loss, Run, Side, Taking
+from handover_prefill import PrefillActs
+from hypothesis.stateful import rule
 from scheduling import GARBAGE, Bench
 
 from kv_transfer.handover import EndReason, Handover
-from kv_transfer.tickets import open_ticket, sign_ticket
-from kvrelay.engine.events import Admitted, Event, Finished, Progress, Sampled
-from kvrelay.engine.sequence import BorrowedBlocks, Role, Sequence, SequenceState
-from kvrelay.errors import Cancelled, FailedPrecondition, KvrelayError, NotFound, PermissionDenied, Unavailable
+from kv_transfer.tickets import open_ticket
+from kvrelay.engine.events import Admitted, Finished
+from kvrelay.engine.sequence import BorrowedBlocks, Role
+from kvrelay.errors import Cancelled, FailedPrecondition, KvrelayError, NotFound, Unavailable
 
 which = st.integers(0, 1000)
 
 
-class HandoverMachine(RuleBasedStateMachine):
+class HandoverMachine(PrefillActs):
     """One prefill worker, which may start anew, and two decode workers, either or both of which get a ticket."""
-
-    @initialize(
-        prefill_blocks=st.integers(8, 14),
-        decode_blocks=st.integers(8, 20),
-        max_batched_tokens=st.integers(1, 12),
-        checksum=st.booleans(),
-    )
-    def begin(self, prefill_blocks: int, decode_blocks: int, max_batched_tokens: int, checksum: bool) -> None:
-        self.now = 1000.0
-        self.checksum = checksum
-        self.prefill_blocks, self.max_batched_tokens = prefill_blocks, max_batched_tokens
-        self.prefill = PrefillWorker(self.bench(prefill_blocks), epoch=1)
-        self.decodes = [DecodeWorker(self.bench(decode_blocks)) for _ in range(2)]
-        self.lives: list[Life] = []
-        self.num_adopted = self.num_recomputed = self.num_refused = 0
-        self.num_taken_from_another = self.num_borrowed = 0
-
-    def bench(self, num_blocks: int) -> Bench:
-        return Bench(
-            num_blocks,
-            block_size=BLOCK_SIZE,
-            max_batched_tokens=self.max_batched_tokens,
-            context_length=CONTEXT_LENGTH,
-        )
-
-    # The prefill worker
-
-    @rule(spec=st.builds(Spec, **{name: st.sampled_from(values) for name, values in CHOICES.items()}))
-    def submit(self, spec: Spec) -> None:
-        if any(spec.request_id in known for known in (self.prefill.lives, *(each.takings for each in self.decodes))):
-            return
-        life = Life(spec, self.prefill)
-        self.add(self.prefill.bench, spec, Role.PREFILL)
-        self.prefill.lives[spec.request_id] = life
-        self.lives.append(life)
-
-    def add(self, bench: Bench, spec: Spec, role: Role) -> Sequence:
-        bench.tokens.pop(spec.request_id, None)  # of an earlier request with this id
-        return bench.add(
-            spec.request_id,
-            spec.prompt,
-            role,
-            max_tokens=spec.max_tokens,
-            stop=spec.stop,
-            arrival=float(len(self.lives)),
-        )
-
-    @rule(times=st.integers(1, 4))
-    def step_prefill(self, times: int) -> None:
-        for _ in range(times):
-            worker, bench = self.prefill, self.prefill.bench
-            for request_id in worker.mailbox:
-                bench.scheduler.forget(request_id)
-                worker.lives.pop(request_id, None)
-            worker.mailbox.clear()
-            bench.now = self.now
-            chunks, events = bench.schedule()
-            for event in [*events, *bench.commit(chunks)]:
-                if event.request_id in worker.lives:
-                    self.take_prefill(worker.lives[event.request_id], event)
-
-    def take_prefill(self, life: Life, event: Event) -> None:
-        leases = self.prefill.leases
-        match event:
-            case Admitted():
-                life.handover, life.ticket = leases.grant(
-                    event.request_id, "gateway-0", event.block_ids, event.generations, self.now
-                )
-                life.handover.advance(event.num_cached_blocks)
-                life.signed, life.renewed_at = sign_ticket(life.ticket, KEY), self.now
-            case Progress(num_computed_tokens=count) if life.handover is not None:
-                life.handover.advance(count // BLOCK_SIZE)
-            case Sampled() if event.finish_reason is not None:
-                leases.end(event.request_id, EndReason.ABORTED)
-                life.lease_ended = life.ended_at_first = True
-            case Sampled() if life.handover is not None:
-                life.handover.complete(event.token.token_id, self.now)
-                life.completed_at = self.now
-            case Finished():
-                del self.prefill.lives[event.request_id]
-
-    @rule()
-    def restart(self) -> None:
-        for life in self.prefill.lives.values():
-            life.lease_ended = True
-        self.prefill = PrefillWorker(self.bench(self.prefill_blocks), self.prefill.epoch + 1)
-
-    @rule()
-    def lapse(self) -> None:
-        """The worker was taken for lost, and begins a new epoch with what it has."""
-        for life in self.leased():
-            life.lease_ended = True
-        self.prefill.epoch += 1
-        self.prefill.leases.begin_epoch(self.prefill.epoch)
-
-    @rule(seconds=st.sampled_from(WAITS), sweep=st.booleans())
-    def wait(self, seconds: float, sweep: bool) -> None:
-        self.now += seconds
-        if sweep:
-            expired = self.prefill.leases.expire(self.now)
-            due = {life.spec.request_id for life in self.leased() if self.lease_end(life) <= self.now}
-            assert set(expired) == due
-            for request_id in expired:
-                self.prefill.lives[request_id].lease_ended = True
 
     # The decode workers
 
@@ -334,53 +214,13 @@ class HandoverMachine(RuleBasedStateMachine):
             # A bit of the outer message may be one that proto readers pass over.
             assert refuses(open_ticket, bytes(forged), KEY) or open_ticket(bytes(forged), KEY) == life.ticket
 
-    # What the model knows
-
     def one(self, index: int, lives: list[Life]) -> list[Life]:
         return lives[index % len(lives) :][:1] if lives else []
-
-    def takings(self) -> list[Taking]:
-        return [taking for decode in self.decodes for taking in decode.takings.values()]
-
-    def transfers(self) -> list[Taking]:
-        return [taking for taking in self.takings() if taking.transferring]
-
-    def leased(self) -> list[Life]:
-        return [life for life in self.prefill.lives.values() if life.ticket and not life.lease_ended]
-
-    def first_lease_end(self, life: Life) -> float:
-        return float("inf") if life.completed_at is None else life.completed_at + LEASE_SECONDS
-
-    def lease_end(self, life: Life) -> float:
-        return max(self.first_lease_end(life), life.renewed_at + LEASE_SECONDS)
-
-    def is_live(self, life: Life) -> bool:
-        return life in self.leased() and self.now < self.lease_end(life)
 
     def block(self, bench: Bench, block_id: int) -> Block:
         return tuple(bench.model.slots[block_id])
 
-    # What always holds
-
-    @invariant()
-    def check(self) -> None:
-        self.prefill.bench.scheduler.check_integrity()
-        for decode in self.decodes:
-            decode.bench.scheduler.check_integrity()
-        assert len(self.prefill.leases) == len(self.leased())
-        for life in self.leased():
-            assert life.ticket is not None
-            assert life.handover is not None
-            pool = self.prefill.bench.pool
-            assert not any(pool.is_free(block) for block in life.ticket.block_ids)
-            assert tuple(map(pool.generation, life.ticket.block_ids)) == life.ticket.generations
-            final = min(life.handover.num_final_blocks * BLOCK_SIZE, life.spec.length)
-            self.prefill.bench.model.check(self.prefill.bench.sequences[life.spec.request_id], final)
-            if self.now < self.first_lease_end(life):  # however long its prompt takes, its owner is not too late
-                assert not refuses(self.prefill.leases.find, life.ticket, self.now)
-        for taking in self.takings():
-            if taking.sequence.state is SequenceState.RUNNING:
-                taking.bench.model.check(taking.sequence, taking.sequence.num_computed_tokens)
+    # The end
 
     def teardown(self) -> None:
         """Whatever still runs comes to its end, with its own tokens, and both pools are whole."""
@@ -398,11 +238,3 @@ class HandoverMachine(RuleBasedStateMachine):
         assert all(taking.finished or taking.aborted for life in self.lives for taking in life.takings)
         for bench in (self.prefill.bench, *(decode.bench for decode in self.decodes)):
             assert bench.pool.num_free == bench.pool.num_blocks
-
-
-def refuses(act: Callable[..., object], *arguments: object) -> bool:
-    try:
-        act(*arguments)
-    except (NotFound, FailedPrecondition, PermissionDenied):
-        return True
-    return False

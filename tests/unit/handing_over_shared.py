@@ -4,7 +4,7 @@ import os
 
 from handing_over import HandoverMachine
 from handover_lives import BLOCK_SIZE, CONTEXT_LENGTH, KEY, Life
-from hypothesis.stateful import invariant
+from hypothesis.stateful import invariant, rule
 from scheduling import GARBAGE, Bench
 
 from kv_transfer.tickets import open_ticket
@@ -41,6 +41,7 @@ class SharedHandoverMachine(HandoverMachine):
             slots=self.slots,
         )
 
+    @rule()
     def restart(self) -> None:
         [dead] = [file for file in self.files if file.books is self.prefill.bench.pool._books]  # type: ignore[attr-defined]
         dead.close()

@@ -5,8 +5,9 @@ are whole in the end."""
 from random import Random
 
 import pytest
-from handing_over import CHOICES, WAITS, HandoverMachine, Loss, Side, Spec
+from handing_over import HandoverMachine
 from handing_over_shared import SharedHandoverMachine
+from handover_lives import CHOICES, WAITS, Loss, Side, Spec
 from hypothesis import HealthCheck, settings
 
 TestHandoverMachine = HandoverMachine.TestCase

@@ -21,6 +21,17 @@ def fails_with(error: KvrelayError) -> Act:
     return act
 
 
+def dies_after(num_tokens: int) -> Act:
+    """The worker d1 is lost once so many tokens are known: the prefill worker's, and its own."""
+
+    async def act(call: DecodeCall) -> worker_pb2.DecodeResponse:
+        call.tell(1, num_tokens)
+        await call.sink.wait_for(num_tokens)
+        raise lost("d1")
+
+    return act
+
+
 async def finish(run: Run) -> None:
     async with asyncio.timeout(TIME_LIMIT):
         assert await run.to_the_end() is FinishReason.LENGTH
@@ -72,15 +83,9 @@ async def test_a_first_token_that_was_told_is_not_in_what_the_next_worker_is_sen
 async def test_a_later_attempt_has_its_own_tokens_in_its_ticket() -> None:
     prefill = PrefillWorker()
     prefill.prompt_done.set()
-
-    async def dies_late(call: DecodeCall) -> worker_pb2.DecodeResponse:
-        call.tell(1, 3)
-        await call.sink.wait_for(3)
-        raise lost("d1")
-
     second = DecodeWorker("d2", fails_with(lost("d2")))
     third = DecodeWorker("d3")
-    await finish(Run([prefill, DecodeWorker("d1", dies_late), second, third]))
+    await finish(Run([prefill, DecodeWorker("d1", dies_after(3)), second, third]))
     assert [list(sequence.completion_token_ids) for sequence in prefill.sequences] == [[], TOKENS[:3]]
     for worker in (second, third):
         assert worker.calls[0].ticket == b"ticket-2"
@@ -108,14 +113,8 @@ async def test_tokens_beyond_the_first_say_that_the_cache_has_moved() -> None:
     """The news of the Release, which comes by another way, may come later."""
     prefill = PrefillWorker()
     prefill.prompt_done.set()
-
-    async def dies_while_it_decodes(call: DecodeCall) -> worker_pb2.DecodeResponse:
-        call.tell(1, 2)
-        await call.sink.wait_for(2)
-        raise lost("d1")
-
     second = DecodeWorker("d2")
-    await finish(Run([prefill, DecodeWorker("d1", dies_while_it_decodes), second]))
+    await finish(Run([prefill, DecodeWorker("d1", dies_after(2)), second]))
     assert len(prefill.sequences) == 2
     assert second.calls[0].ticket == b"ticket-2"
 
