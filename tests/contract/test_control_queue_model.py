@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
@@ -12,6 +11,7 @@ from kvrelay.control.connection import connect
 from kvrelay.control.private_redis import PrivateRedis
 from kvrelay.control.request_queue import Outcome, RequestQueue, Verdict
 from kvrelay.errors import ResourceExhausted
+from tests.exploring import exploring
 
 pytest_plugins = ["redis_kit"]
 
@@ -99,14 +99,7 @@ def test_queue_does_as_the_model(shared_server: PrivateRedis, loop: asyncio.Abst
     try:
         run_state_machine_as_test(
             Machine,
-            settings=settings(
-                max_examples=15,
-                stateful_step_count=30,
-                deadline=None,
-                derandomize=True,
-                database=None,
-                suppress_health_check=list(HealthCheck),
-            ),
+            settings=exploring(max_examples=15, max_acts=30),
         )
     finally:
         loop.run_until_complete(redis.aclose())

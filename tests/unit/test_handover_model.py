@@ -8,18 +8,12 @@ import pytest
 from handing_over import HandoverMachine
 from handing_over_shared import SharedHandoverMachine
 from handover_lives import CHOICES, WAITS, Loss, Side, Spec
-from hypothesis import HealthCheck, settings
+
+from tests.exploring import exploring
 
 TestHandoverMachine = HandoverMachine.TestCase
 TestSharedHandoverMachine = SharedHandoverMachine.TestCase
-TestHandoverMachine.settings = TestSharedHandoverMachine.settings = settings(
-    max_examples=40,
-    stateful_step_count=60,
-    derandomize=True,
-    database=None,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
+TestHandoverMachine.settings = TestSharedHandoverMachine.settings = exploring(max_examples=40, max_acts=60)
 
 
 def random_spec(random: Random) -> Spec:

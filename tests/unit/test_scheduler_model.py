@@ -3,19 +3,13 @@
 from random import Random
 
 import pytest
-from hypothesis import HealthCheck, settings
 from scheduler_lives import NOT_FINISHED, Disturbance, random_spec
 from scheduler_machine import SchedulerMachine
 
+from tests.exploring import exploring
+
 TestSchedulerMachine = SchedulerMachine.TestCase
-TestSchedulerMachine.settings = settings(
-    max_examples=30,
-    stateful_step_count=40,
-    derandomize=True,
-    database=None,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
+TestSchedulerMachine.settings = exploring(max_examples=30, max_acts=40)
 
 
 @pytest.mark.parametrize("overlap", [False, True], ids=["alone", "overlap"])

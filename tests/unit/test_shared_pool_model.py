@@ -4,12 +4,12 @@ import os
 from random import Random
 
 import hypothesis.strategies as st
-from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from kvrelay.engine.block_pool import BlockPool
 from kvrelay.engine.pool_file import DIGEST_BYTES, PoolFile
 from kvrelay.engine.shared_block_pool import SharedBlockPool
+from tests.exploring import exploring
 from tests.unit.shared_pools import LAYOUT
 
 workers = st.integers(0, 1)
@@ -105,14 +105,7 @@ class SharedPoolMachine(RuleBasedStateMachine):
 
 
 TestSharedPoolMachine = SharedPoolMachine.TestCase
-TestSharedPoolMachine.settings = settings(
-    max_examples=60,
-    stateful_step_count=40,
-    derandomize=True,
-    database=None,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
+TestSharedPoolMachine.settings = exploring(max_examples=60, max_acts=40)
 
 
 def test_random_bytes_are_found_among_many() -> None:

@@ -1,0 +1,17 @@
+"""How hypothesis explores a state machine: the same acts each time, and no clock."""
+
+from hypothesis import HealthCheck, settings
+
+__all__ = ["exploring"]
+
+
+def exploring(max_examples: int, max_acts: int) -> settings:
+    """So many lives, each of up to so many acts."""
+    return settings(
+        max_examples=max_examples,
+        stateful_step_count=max_acts,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
