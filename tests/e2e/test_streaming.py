@@ -31,8 +31,9 @@ def tokenizer(tiny_llama: Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def greedy(client: Client) -> Completion:
-    return client.complete(PROMPT, max_tokens=100, **GREEDY)
+def greedy(cluster: Cluster) -> Completion:
+    with cluster.client() as client:
+        return client.complete(PROMPT, max_tokens=100, **GREEDY)
 
 
 @pytest.fixture(autouse=True)
