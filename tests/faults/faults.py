@@ -28,6 +28,7 @@ class Kind(enum.Enum):
     DEADLINE = "deadline"
 
 
+NOTICED_SECONDS = 1.0  # a process that stands still for less is not taken for lost by anybody
 CLIENT_KINDS = frozenset({Kind.CANCEL, Kind.ABORT, Kind.DEADLINE})
 
 
@@ -73,7 +74,9 @@ class Fault:
 
     @property
     def takes_the_gateway(self) -> bool:
-        return self.target in GATEWAYS and self.kind in (Kind.KILL, Kind.DRAIN)
+        """Whether its clients may lose it."""
+        is_noticed = self.kind is Kind.FREEZE and self.seconds > NOTICED_SECONDS
+        return self.target in GATEWAYS and (is_noticed or self.kind in (Kind.KILL, Kind.DRAIN))
 
     @property
     def takes_redis(self) -> bool:

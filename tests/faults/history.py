@@ -86,7 +86,7 @@ def _excuses(fault: Fault, index: int | None) -> Iterator[Excuse]:
     if fault.takes_redis:  # without which nobody is admitted; who has been does not notice
         yield Excuse("UNAVAILABLE", "REDIS_UNAVAILABLE")
     if fault.takes_the_gateway:
-        yield Excuse("UNAVAILABLE", while_running=fault.kind is Kind.KILL)
+        yield Excuse("UNAVAILABLE", while_running=fault.kind is not Kind.DRAIN)
 
 
 def too_many_defects(outcomes: Iterable[Outcome], faults: Iterable[Fault]) -> list[str]:

@@ -141,6 +141,7 @@ OUTSIDE: tuple[tuple[Kind, tuple[Target, ...]], ...] = (
     (Kind.FREEZE, _each(*PREFILL)),
     (Kind.FREEZE, _each(*DECODE)),
     (Kind.FREEZE, _each(REDIS)),
+    (Kind.FREEZE, _each(ASKED)),
     (Kind.WIPE, _each(REDIS)),
     *(
         (kind, links)

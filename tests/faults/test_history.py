@@ -183,5 +183,11 @@ def test_a_gateway_loses_what_it_runs_only_if_it_is_killed() -> None:
     assert not is_allowed(Internal("defect"), killed, num_chunks=2)
 
 
+def test_a_gateway_that_stands_still_is_lost_only_if_somebody_notices() -> None:
+    short, long = (Fault(Kind.FREEZE, "gateway-auto", seconds=seconds) for seconds in (0.6, 3.0))
+    assert is_allowed(Unavailable("gone"), long, num_chunks=2)
+    assert not is_allowed(Unavailable("gone"), short, num_chunks=0)
+
+
 def is_allowed(error: KvrelayError, fault: Fault, num_chunks: int, index: int = 0) -> bool:
     return faults_of(ended_with(error, num_chunks), EXPECTED, excuses([fault], index)) == []
