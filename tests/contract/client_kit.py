@@ -11,8 +11,8 @@ from kvrelay import AsyncClient, Client, rpc
 from kvrelay.request import Chunk
 from kvrelay.v1 import inference_pb2 as pb
 from kvrelay.v1 import inference_pb2_grpc
+from tests.patience import SOON
 
-TIME_LIMIT = 20
 ANSWER = [
     pb.GenerateResponse(request_id="r", seq=1, text="Once", token_ids=[5]),
     pb.GenerateResponse(
@@ -119,7 +119,7 @@ async def target(servicer: inference_pb2_grpc.InferenceServiceServicer) -> Async
     server = rpc.Server("127.0.0.1", 0, [rpc.Service("kvrelay.v1.InferenceService", add, servicer)])
     port = await server.start()
     try:
-        async with asyncio.timeout(TIME_LIMIT):
+        async with asyncio.timeout(SOON):
             yield f"127.0.0.1:{port}"
     finally:
         await server.stop()

@@ -8,6 +8,7 @@ import pytest
 from redis.asyncio import Redis
 
 from kvrelay.control.request_queue import Admission, RequestQueue, Verdict
+from tests.patience import SOON
 
 RUNNING, WAITING = Admission(Verdict.RUNNING), Admission(Verdict.WAITING)
 
@@ -41,7 +42,7 @@ async def counts(queue: RequestQueue) -> tuple[int, int]:
 async def poll_until(queue: RequestQueue, expected: tuple[int, int]) -> list[str]:
     """Polls as a gateway does until (waiting, running) are as expected; what was promoted on the way."""
     promoted: list[str] = []
-    async with asyncio.timeout(6):
+    async with asyncio.timeout(SOON):
         while True:
             promoted += await queue.poll()
             if await counts(queue) == expected:

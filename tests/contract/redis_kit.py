@@ -13,6 +13,7 @@ from redis.asyncio import Redis
 
 from kvrelay.control.connection import connect
 from kvrelay.control.private_redis import PrivateRedis, bundled_redis_server
+from tests.patience import SOON
 
 
 def system_redis_server() -> Path | None:
@@ -62,7 +63,7 @@ async def redis(shared_server: PrivateRedis) -> AsyncIterator[Redis]:
     await client.aclose()
 
 
-async def until(condition: Callable[[], bool], timeout: float = 5.0) -> None:
+async def until(condition: Callable[[], bool], timeout: float = SOON) -> None:
     """Returns when the condition holds; fails after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not condition():

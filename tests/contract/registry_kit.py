@@ -15,13 +15,14 @@ from kvrelay.control.registry import (
     WorkerRecord,
 )
 from kvrelay.request import WorkerRole, WorkerState
+from tests.patience import SOON
 
 KEY = b"the cluster's key"
 MODEL = ModelInfo("demo", "LlamaForCausalLM", 2048, 4096, 16, "ab12", "cd34")
 SHM = ShmOffer("host", pid=17, fd=5, size=4096, nonce="00ff")
 WORKER = WorkerRecord("w1", WorkerRole.PREFILL, "127.0.0.1:7001", pid=17, model=MODEL, shm=SHM)
 LOAD = WorkerLoad(WorkerState.READY, running=1, waiting=2, blocks_total=64, blocks_free=32, waiting_tokens=100)
-LEASE = 0.6
+LEASE = 2.0
 BEAT = 0.05
 
 
@@ -49,7 +50,7 @@ def new_directory(redis: Redis) -> WorkerDirectory:
 
 
 async def until_gone(redis: Redis, key: str) -> None:
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(SOON):
         while True:
             if not await redis.exists(key):
                 return

@@ -11,6 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from kvrelay import rpc
 from kvrelay.v1 import inference_pb2, inference_pb2_grpc
+from tests.patience import SOON
 
 NAME = "kvrelay.v1.InferenceService"
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -71,7 +72,7 @@ async def running() -> AsyncIterator[Running]:
     server = rpc.Server("127.0.0.1", 0, [rpc.Service(NAME, add, servicer, work={"Generate"})])
     port = await server.start()
     try:
-        async with rpc.open_channel(f"127.0.0.1:{port}") as channel, asyncio.timeout(20):
+        async with rpc.open_channel(f"127.0.0.1:{port}") as channel, asyncio.timeout(SOON):
             yield Running(server, servicer, channel, port)
     finally:
         await server.stop()

@@ -15,7 +15,7 @@ from kvrelay.bench.settings import parse
 from kvrelay.bench.workload import Job, Workload
 from kvrelay.v1 import inference_pb2 as pb
 from kvrelay.v1 import inference_pb2_grpc
-from tests.contract.client_kit import TIME_LIMIT
+from tests.patience import SOON
 
 pytest_plugins = ["client_kit"]
 
@@ -57,7 +57,7 @@ class Servicer(inference_pb2_grpc.InferenceServiceServicer):
             await self._count(-1)
 
     async def reaches(self, condition: Callable[[], bool]) -> None:
-        async with self.changed, asyncio.timeout(TIME_LIMIT):
+        async with self.changed, asyncio.timeout(SOON):
             await self.changed.wait_for(condition)
 
     async def _count(self, change: int) -> None:

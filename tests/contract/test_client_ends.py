@@ -19,6 +19,7 @@ from kvrelay import (
 )
 from kvrelay.request import Chunk
 from tests.contract.client_kit import ANSWER, Driver, Servicer
+from tests.patience import SOON
 
 pytest_plugins = ["client_kit"]
 
@@ -51,7 +52,7 @@ async def test_a_connection_that_breaks_after_the_last_response_took_nothing_awa
 async def test_nobody_listening_is_unavailable_at_once(kind: Any) -> None:
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))
-        async with Driver(kind, f"127.0.0.1:{reserved.getsockname()[1]}") as driver, asyncio.timeout(5):
+        async with Driver(kind, f"127.0.0.1:{reserved.getsockname()[1]}") as driver, asyncio.timeout(SOON):
             for method in ("complete", "abort"):
                 with pytest.raises(Unavailable):
                     await driver.call(method, "x")
@@ -82,7 +83,7 @@ async def test_a_closed_client_says_so(kind: Any, target: str) -> None:
 async def test_leaving_the_loop_cancels(driver: Driver, servicer: Servicer) -> None:
     servicer.waits = True
     await driver.break_after_the_first()
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(SOON):
         await servicer.cancelled.wait()
 
 
@@ -91,7 +92,7 @@ async def test_closing_the_client_cancels(kind: Any, target: str, servicer: Serv
     async with Driver(kind, target) as driver:
         stream = await driver.call("generate", "x")
         await servicer.started.wait()
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(SOON):
         await servicer.cancelled.wait()
     del stream  # so long it was kept
 
@@ -110,7 +111,7 @@ async def test_closing_a_stream_ends_whoever_reads_it_elsewhere_sync(target: str
 
     with Client(target) as client, client.generate("x") as stream:
         reading = asyncio.create_task(asyncio.to_thread(read, stream))
-        assert await asyncio.to_thread(seen.wait, 5)
+        assert await asyncio.to_thread(seen.wait, SOON)
         stream.close()
         assert await reading == [1, 2]
         assert list(stream) == []

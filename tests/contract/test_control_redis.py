@@ -18,6 +18,7 @@ from kvrelay.control.connection import connect, redacted, redis_errors_as_unavai
 from kvrelay.control.private_redis import PrivateRedis, find_redis_server
 from kvrelay.control.script import Scripts
 from kvrelay.errors import ConfigurationError, Unavailable
+from tests.patience import SOON
 
 pytest_plugins = ["redis_kit"]
 
@@ -158,7 +159,7 @@ async def test_frozen_server_fails_operations(own_server: PrivateRedis) -> None:
     assert own_server.pid is not None
     os.kill(own_server.pid, signal.SIGSTOP)
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(SOON):
             with pytest.raises(Unavailable) as raised:
                 await script()
             with pytest.raises(Unavailable):  # by a new connection, which the kernel accepts in the server's name

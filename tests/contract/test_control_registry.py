@@ -28,6 +28,7 @@ from kvrelay.control.registry import (
 from kvrelay.control.strict_json import from_json
 from kvrelay.errors import FailedPrecondition, Unavailable
 from kvrelay.request import WorkerState
+from tests.patience import SOON
 
 pytest_plugins = ["redis_kit", "registry_kit"]
 
@@ -35,11 +36,11 @@ pytest_plugins = ["redis_kit", "registry_kit"]
 async def test_worker_appears_with_record_and_load(registration: Registration, directory: WorkerDirectory) -> None:
     assert directory.snapshot() == {}
     epoch = await registration.start(WORKER)
-    await directory.wait_for(lambda workers: "w1" in workers, timeout=2)
+    await directory.wait_for(lambda workers: "w1" in workers, SOON)
     entry = directory.snapshot()["w1"]
     assert entry.record == replace(WORKER, epoch=epoch)
     assert entry.load == LOAD
-    await directory.wait_for(lambda workers: workers["w1"].seen_at > entry.seen_at, timeout=2)
+    await directory.wait_for(lambda workers: workers["w1"].seen_at > entry.seen_at, SOON)
     assert directory.gateways() == {}
 
 
@@ -48,7 +49,7 @@ async def test_load_is_asked_at_each_heartbeat(redis: Redis, directory: WorkerDi
     registration = Registration(redis, KEY, lambda: load, lease_seconds=LEASE, interval=BEAT)
     await registration.start(WORKER)
     load = replace(LOAD, state=WorkerState.DRAINING, running=7)
-    await directory.wait_for(lambda workers: "w1" in workers and workers["w1"].load == load, timeout=2)
+    await directory.wait_for(lambda workers: "w1" in workers and workers["w1"].load == load, SOON)
     await registration.withdraw()
 
 
@@ -64,31 +65,33 @@ async def test_a_defect_in_load_is_logged_once_and_the_heart_beats_on(
 
     registration = Registration(redis, KEY, load, lease_seconds=LEASE, interval=BEAT)
     await registration.start(WORKER)
-    await directory.wait_for(lambda workers: "w1" in workers, timeout=2)
+    await directory.wait_for(lambda workers: "w1" in workers, SOON)
     failing = True
-    await directory.wait_for(lambda workers: "w1" not in workers, timeout=3)
+    await directory.wait_for(lambda workers: "w1" not in workers, SOON)
     failing = False
-    await directory.wait_for(lambda workers: "w1" in workers, timeout=2)
+    await directory.wait_for(lambda workers: "w1" in workers, SOON)
     assert caplog.text.count("heartbeats fail") == 1
     await registration.withdraw()
 
 
-async def test_withdrawn_worker_goes_at_once(registration: Registration, directory: WorkerDirectory) -> None:
+async def test_withdrawn_worker_goes_before_its_lease_ends(redis: Redis) -> None:
+    directory = WorkerDirectory(redis, KEY, lease_seconds=3600, interval=BEAT)
+    await directory.start()
+    registration = Registration(redis, KEY, lambda: LOAD, lease_seconds=3600, interval=BEAT)
     await registration.start(WORKER)
-    await directory.wait_for(lambda workers: "w1" in workers, timeout=2)
-    begin = asyncio.get_running_loop().time()
+    await directory.wait_for(lambda workers: "w1" in workers, SOON)
     await registration.withdraw()
-    await directory.wait_for(lambda workers: "w1" not in workers, timeout=2)
-    assert asyncio.get_running_loop().time() - begin < LEASE / 2
+    await directory.wait_for(lambda workers: "w1" not in workers, SOON)
     with pytest.raises(FailedPrecondition):
         await registration.heartbeat(LOAD)
+    await directory.stop()
 
 
 async def test_silent_worker_goes_after_its_lease(redis: Redis, directory: WorkerDirectory) -> None:
     silent = Registration(redis, KEY, lambda: LOAD, lease_seconds=LEASE, interval=3600)
     await silent.start(WORKER)
-    await directory.wait_for(lambda workers: "w1" in workers, timeout=2)
-    await directory.wait_for(lambda workers: "w1" not in workers, timeout=LEASE + 1)
+    await directory.wait_for(lambda workers: "w1" in workers, SOON)
+    await directory.wait_for(lambda workers: "w1" not in workers, SOON)
     assert await redis.keys("kvrelay:lease:*") == []
     await until_gone(redis, "kvrelay:members")
     await silent.withdraw()
@@ -145,7 +148,7 @@ async def test_later_start_takes_the_name_over(redis: Redis, directory: WorkerDi
     await older.start(WORKER)
     epoch = await newer.start(replace(WORKER, address="127.0.0.1:7002"))
     await until(lambda: older.superseded)
-    await directory.wait_for(lambda workers: "w1" in workers, timeout=2)
+    await directory.wait_for(lambda workers: "w1" in workers, SOON)
     await older.withdraw()
     await older_has_no_say(directory, epoch)
     assert not newer.superseded
@@ -154,12 +157,12 @@ async def test_later_start_takes_the_name_over(redis: Redis, directory: WorkerDi
 
 async def until_renewed(directory: WorkerDirectory) -> None:
     seen_at = directory.snapshot()["w1"].seen_at
-    await directory.wait_for(lambda workers: workers["w1"].seen_at > seen_at, timeout=2)
+    await directory.wait_for(lambda workers: workers["w1"].seen_at > seen_at, SOON)
 
 
 async def older_has_no_say(directory: WorkerDirectory, epoch: int) -> None:
     seen_at = directory.snapshot()["w1"].seen_at
-    await directory.wait_for(lambda workers: workers["w1"].seen_at > seen_at + 2 * BEAT, timeout=2)
+    await directory.wait_for(lambda workers: workers["w1"].seen_at > seen_at + 2 * BEAT, SOON)
     assert directory.snapshot()["w1"].record.epoch == epoch
 
 
@@ -167,7 +170,7 @@ async def test_wiped_redis_is_filled_again_and_nobody_is_dropped(
     redis: Redis, registration: Registration, directory: WorkerDirectory
 ) -> None:
     await registration.start(WORKER)
-    await directory.wait_for(lambda workers: "w1" in workers, timeout=2)
+    await directory.wait_for(lambda workers: "w1" in workers, SOON)
     changes: list[None] = []
     directory.on_change(lambda: changes.append(None))
     for _ in range(5):
@@ -204,7 +207,7 @@ async def test_on_change_tells_of_state_and_epoch_not_of_load(redis: Redis, dire
     await registration.start(WORKER)
     await until(lambda: changes == [["w1"]])
     load = replace(LOAD, running=9)
-    await directory.wait_for(lambda workers: workers["w1"].load.running == 9, timeout=2)
+    await directory.wait_for(lambda workers: workers["w1"].load.running == 9, SOON)
     assert len(changes) == 1
     load = replace(LOAD, state=WorkerState.DRAINING)
     await until(lambda: len(changes) == 2)
@@ -218,7 +221,7 @@ async def test_failing_listener_stops_nothing(registration: Registration, direct
 
     directory.on_change(fail)
     await registration.start(WORKER)
-    await directory.wait_for(lambda workers: "w1" in workers, timeout=2)
+    await directory.wait_for(lambda workers: "w1" in workers, SOON)
 
 
 @pytest.mark.parametrize("fault", ["killed", "frozen"])
@@ -232,7 +235,7 @@ async def test_outage_loses_no_worker_and_ends_by_itself(
     dead = Registration(client, KEY, lambda: LOAD, lease_seconds=LEASE, interval=3600)
     await dead.start(replace(WORKER, worker_id="dead"))
     await directory.start()
-    await directory.wait_for(lambda workers: len(workers) == 2, timeout=2)
+    await directory.wait_for(lambda workers: len(workers) == 2, SOON)
     assert own_server.pid is not None
     os.kill(own_server.pid, signal.SIGKILL if fault == "killed" else signal.SIGSTOP)
     try:
@@ -250,7 +253,7 @@ async def test_outage_loses_no_worker_and_ends_by_itself(
             os.kill(own_server.pid, signal.SIGCONT)
     await until(lambda: directory.redis_available)
     assert "w1" in directory.snapshot()
-    await directory.wait_for(lambda workers: workers.keys() == {"w1"} and workers["w1"].seen_at > seen_at, timeout=3)
+    await directory.wait_for(lambda workers: workers.keys() == {"w1"} and workers["w1"].seen_at > seen_at, SOON)
     assert directory.snapshot()["w1"].record.epoch == epoch
     assert caplog.text.count("heartbeats fail") == 1
     assert caplog.text.count("cannot be reached") == 1
@@ -290,7 +293,7 @@ async def test_a_process_that_did_not_run_begins_a_new_epoch(redis: Redis, direc
     await asyncio.sleep(2 * BEAT)
     assert told == []
     stand_still(1.5 * LEASE)
-    await directory.wait_for(lambda workers: "w1" in workers and workers["w1"].record.epoch > epoch, timeout=2)
+    await directory.wait_for(lambda workers: "w1" in workers and workers["w1"].record.epoch > epoch, SOON)
     assert told == ["lapse", directory.snapshot()["w1"].record.epoch]
     await registration.withdraw()
 

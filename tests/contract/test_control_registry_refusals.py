@@ -17,6 +17,7 @@ from kvrelay.control.registry import (
     WorkerRecord,
     seal_lease,
 )
+from tests.patience import SOON
 
 pytest_plugins = ["redis_kit", "registry_kit"]
 
@@ -50,7 +51,7 @@ async def test_forging_does_not_drop_the_true_worker(
     redis: Redis, registration: Registration, directory: WorkerDirectory
 ) -> None:
     epoch = await registration.start(WORKER)
-    await directory.wait_for(lambda workers: "w1" in workers, timeout=2)
+    await directory.wait_for(lambda workers: "w1" in workers, SOON)
     for _ in range(20):
         await redis.set("kvrelay:lease:worker:w1", FOREIGN["another key"])
         await asyncio.sleep(0.01)  # hammers in the rhythm of an attacker, waits for nothing
@@ -62,13 +63,13 @@ async def test_replayed_lease_does_not_keep_a_dead_worker(
     redis: Redis, registration: Registration, directory: WorkerDirectory
 ) -> None:
     await registration.start(WORKER)
-    await directory.wait_for(lambda workers: "w1" in workers, timeout=2)
+    await directory.wait_for(lambda workers: "w1" in workers, SOON)
     old = await redis.get("kvrelay:lease:worker:w1")
     await registration.withdraw()
     assert old is not None
     await redis.set("kvrelay:lease:worker:w1", old)
     await redis.sadd("kvrelay:members", "worker:w1")
-    await directory.wait_for(lambda workers: "w1" not in workers, timeout=2)
+    await directory.wait_for(lambda workers: "w1" not in workers, SOON)
     with pytest.raises(TimeoutError):
         await directory.wait_for(lambda workers: "w1" in workers, timeout=3 * BEAT)
 
@@ -82,7 +83,7 @@ async def test_wrong_types_are_put_aside_and_the_registry_lives(
     await redis.lpush("kvrelay:lease:worker:w9", "list")
     await registration.start(WORKER)
     await redis.sadd("kvrelay:members", "worker:w9", b"\xff", "")
-    await directory.wait_for(lambda workers: "w1" in workers, timeout=2)
+    await directory.wait_for(lambda workers: "w1" in workers, SOON)
     await until_gone(redis, "kvrelay:lease:worker:w9")
     assert directory.redis_available
 

@@ -15,6 +15,7 @@ from kvrelay.request import WorkerRole
 from kvrelay.rpc import Server, Service
 from kvrelay.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
 from tests.contract.redis_kit import until
+from tests.patience import SOON
 
 MODEL = ModelInfo("model", "Llama", 64, 512, 16, "ab", "cd")
 NUM_TOKENS = 3
@@ -98,7 +99,7 @@ async def test_an_answer_after_the_end_of_the_frames_counts(
 ) -> None:
     sink = Sink()
     task = decode(connection, sink)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(SOON):
         await worker.frames_ended.wait()
         await went_down.wait()
         worker.may_answer.set()
@@ -108,7 +109,7 @@ async def test_an_answer_after_the_end_of_the_frames_counts(
 
 async def test_without_frames_a_worker_that_does_not_answer_is_lost(connection: Connection) -> None:
     with pytest.raises(Unavailable) as caught:
-        await asyncio.wait_for(decode(connection, Sink()), 20)
+        await asyncio.wait_for(decode(connection, Sink()), SOON)
     assert caught.value.reason == "WORKER_LOST"
     assert caught.value.metadata == {"stage": "decode", "worker": "decode-0"}
 
@@ -134,7 +135,7 @@ async def next_response(responses: AsyncIterator[worker_pb2.PrefillResponse]) ->
 async def test_a_prefill_worker_that_leaves_the_registry_is_lost() -> None:
     """Closing the channel cancels its calls, which must not look as if the client had cancelled the request."""
     async with (
-        asyncio.timeout(20),
+        asyncio.timeout(SOON),
         prefill_connection() as connection,
         connection.prefill(worker_pb2.SequenceSpec(), None) as responses,
     ):
@@ -150,7 +151,7 @@ async def test_a_prefill_worker_that_leaves_the_registry_is_lost() -> None:
 
 async def test_a_cancelled_wait_for_a_prefill_worker_is_a_cancellation() -> None:
     async with (
-        asyncio.timeout(20),
+        asyncio.timeout(SOON),
         prefill_connection() as connection,
         connection.prefill(worker_pb2.SequenceSpec(), None) as responses,
     ):
@@ -164,7 +165,7 @@ async def test_a_cancelled_wait_for_a_prefill_worker_is_a_cancellation() -> None
 
 async def test_a_decode_worker_that_leaves_the_registry_is_lost(worker: DecodeWorker, connection: Connection) -> None:
     """As a prefill worker that does; the request goes on elsewhere only if nobody seems to have cancelled it."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(SOON):
         task = decode(connection, Sink())
         await worker.frames_ended.wait()
         await connection.close()

@@ -15,6 +15,7 @@ from kvrelay.errors import Internal, InvalidArgument, KvrelayError, NotFound
 from kvrelay.request import Chunk, FinishReason
 from kvrelay.v1 import inference_pb2 as pb
 from kvrelay.v1 import inference_pb2_grpc
+from tests.patience import SOON
 
 NAME = "kvrelay.v1.InferenceService"
 
@@ -37,7 +38,7 @@ async def test_a_parser_stands_in_for_the_deserializer_of_its_method() -> None:
     text = pb.GenerateRequest(text="Once").SerializeToString()
     both = text + pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5])).SerializeToString()
     try:
-        async with rpc.open_channel(f"127.0.0.1:{port}") as channel, asyncio.timeout(20):
+        async with rpc.open_channel(f"127.0.0.1:{port}") as channel, asyncio.timeout(SOON):
             call = channel.unary_stream(f"/{NAME}/Generate", None, pb.GenerateResponse.FromString)
             assert [response.text async for response in call(text)] == ["Once"]
             with pytest.raises(InvalidArgument) as caught, rpc.translated():
@@ -60,7 +61,7 @@ async def never(call: GenerateCall, log: ResponseLog, handle: CancelHandle) -> N
 
 
 async def read(log: ResponseLog) -> list[Chunk]:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(SOON):
         return [chunk async for chunk in log.read()]
 
 
@@ -104,6 +105,6 @@ async def test_the_last_reader_who_leaves_ends_the_request() -> None:
     await readers[0].aclose()
     assert requests.find(call("left")) is log
     await readers[1].aclose()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(SOON):
         await ended.wait()
     assert requests.find(call("left")) is None  # the same id may run again

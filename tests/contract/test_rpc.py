@@ -13,6 +13,7 @@ from rpc_kit import NAME, NOT_SERVING, SERVING, Running, running
 from kvrelay import errors, rpc
 from kvrelay.errors import ConfigurationError, FieldViolation, Internal, KvrelayError, Unavailable
 from kvrelay.v1 import inference_pb2
+from tests.patience import SOON
 
 __all__ = ["running"]
 
@@ -155,7 +156,7 @@ async def test_a_client_that_leaves_ends_the_handler(running: Running, caplog: p
     await call.read()
     await running.servicer.running.wait()
     call.cancel()
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(SOON):
         await running.servicer.cleaned_up.wait()
     assert not warnings(caplog)
 
@@ -165,7 +166,7 @@ async def test_a_client_that_leaves_while_the_handler_sends(running: Running, ca
     call = running.stub.Generate(inference_pb2.GenerateRequest())
     await call.read()
     call.cancel()
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(SOON):
         await running.servicer.cleaned_up.wait()
     assert not warnings(caplog)
 
@@ -174,7 +175,7 @@ async def test_a_deadline_ends_the_handler(running: Running) -> None:
     running.servicer.ending = asyncio.Event().wait
     with pytest.raises(errors.DeadlineExceeded), rpc.translated():
         await running.stub.Generate(inference_pb2.GenerateRequest(), timeout=0.1).read()
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(SOON):
         await running.servicer.cleaned_up.wait()
 
 
@@ -247,20 +248,20 @@ async def test_calls_that_are_no_work_do_not_hold_up_a_drain(running: Running) -
     abort = asyncio.ensure_future(running.stub.Abort(inference_pb2.AbortRequest()))
     watch = running.health.Watch(health_pb2.HealthCheckRequest())
     await watch.read()
-    async with asyncio.timeout(2):
-        await running.server.drain(60)
+    async with asyncio.timeout(SOON):
+        await running.server.drain(3600)
     with pytest.raises(Unavailable), rpc.translated():
         await abort
 
 
 async def test_a_drain_waits_for_what_it_is_told_within_the_grace(running: Running) -> None:
     released = asyncio.Event()
-    drain = asyncio.create_task(running.server.drain(10, until=released.wait))
+    drain = asyncio.create_task(running.server.drain(3600, until=released.wait))
     watch = running.health.Watch(health_pb2.HealthCheckRequest())
     assert (await watch.read()).status == NOT_SERVING
     assert not drain.done()
     released.set()
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(SOON):
         await drain
 
 

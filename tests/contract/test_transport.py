@@ -14,6 +14,7 @@ from kv_transfer.handover import EndReason
 from kv_transfer.transport import TransferFailed
 from kvrelay.engine.kv_cache import KvCache
 from kvrelay.v1 import kv_pb2
+from tests.patience import SOON
 
 TABLES = {
     "contiguous": (range(10, 30), range(5, 25)),
@@ -156,7 +157,7 @@ async def test_cancelled_while_it_waits(workers: Pair) -> None:
     await until(lambda: workers.same(range(2), range(2)))
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await asyncio.wait_for(task, 2)
+        await asyncio.wait_for(task, SOON)
     # The lease is the prefill worker's own affair, and the link lives.
     handover.complete(1, workers.prefill.now)
     await workers.decode.puller.pull(ticket, range(10, 20), 0)
@@ -175,7 +176,7 @@ class Halt:
     def _halting(self, act: Callable[..., Any]) -> Callable[..., Any]:
         def run(*arguments: Any) -> Any:
             self.entered.set()
-            self.resume.wait(5)
+            self.resume.wait(SOON)
             self.left.set()
             return act(*arguments)
 
@@ -187,7 +188,7 @@ async def test_cancelled_in_the_middle_of_a_copy(workers: Pair, monkeypatch: pyt
     halt = Halt(cache, monkeypatch)
     task = asyncio.create_task(workers.decode.puller.pull(workers.prefill.grant_complete(range(8)), range(8), 0))
     try:
-        assert await asyncio.to_thread(halt.entered.wait, 5)
+        assert await asyncio.to_thread(halt.entered.wait, SOON)
         for _ in range(3):
             task.cancel()
             await asyncio.wait([task], timeout=0.05)
@@ -196,7 +197,7 @@ async def test_cancelled_in_the_middle_of_a_copy(workers: Pair, monkeypatch: pyt
     finally:
         halt.resume.set()
     with pytest.raises(asyncio.CancelledError):
-        await asyncio.wait_for(task, 2)
+        await asyncio.wait_for(task, SOON)
     assert halt.left.is_set()
     monkeypatch.undo()
     cache.write_blocks(range(8), bytes(8 * cache.layout.block_bytes))
@@ -208,13 +209,13 @@ async def test_a_link_that_is_dropped_stays_open_under_a_copy(workers: Pair, mon
     halt = Halt(workers.decode.cache, monkeypatch)
     task = asyncio.create_task(workers.decode.puller.pull(workers.prefill.grant_complete(range(8)), range(8), 0))
     try:
-        assert await asyncio.to_thread(halt.entered.wait, 5)
+        assert await asyncio.to_thread(halt.entered.wait, SOON)
         workers.decode.registry.tell()
         workers.decode.links.drop_departed()
         await asyncio.wait([task], timeout=0.05)
     finally:
         halt.resume.set()
-    await asyncio.wait_for(task, 2)
+    await asyncio.wait_for(task, SOON)
     assert workers.same(range(8), range(8))
     assert workers.decode.links.status() == []
 
@@ -225,7 +226,7 @@ async def test_closing_the_links_ends_a_pull(workers: Pair) -> None:
     await until(lambda: bool(workers.decode.links.status()))
     await workers.decode.links.close()
     with pytest.raises(TransferFailed):
-        await asyncio.wait_for(task, 2)
+        await asyncio.wait_for(task, SOON)
     assert workers.decode.links.status() == []
 
 

@@ -17,6 +17,7 @@ from kv_transfer.transport import TransferFailed
 from kvrelay.errors import ConfigurationError, FailedPrecondition, KvrelayError, Unavailable
 from kvrelay.rpc import open_channel, translated
 from kvrelay.v1 import kv_pb2, kv_pb2_grpc
+from tests.patience import SOON
 
 
 class Fake:
@@ -260,7 +261,7 @@ async def test_waiting_for_prefill_is_not_receiving(transport: str, monkeypatch:
         arrived = asyncio.Event()
         workers.prefill.tamper = lambda event: arrived.set() or [event]
         task = asyncio.create_task(workers.decode.puller.pull(ticket, range(16), 0))
-        await asyncio.wait_for(arrived.wait(), 5)
+        await asyncio.wait_for(arrived.wait(), SOON)
         while not workers.same(range(4), range(4)):  # noqa: ASYNC110
             await asyncio.sleep(0.005)
         now.seconds += 1000  # prefill takes its time

@@ -31,6 +31,7 @@ from kvrelay.errors import FailedPrecondition
 from kvrelay.host import host_id
 from kvrelay.wire import error_to_status
 from kvrelay.worker import own_memory
+from tests.patience import SOON
 
 
 @pytest.fixture
@@ -212,7 +213,7 @@ async def test_another_process(preference: str) -> None:
         task = asyncio.create_task(decode.puller.pull(ticket, range(16), 0))
         await until(lambda: decode.cache.read_blocks(range(8)) == _expected(range(8)))
         process.stdin.write(b"\n")
-        pulled = await asyncio.wait_for(task, 5)
+        pulled = await asyncio.wait_for(task, SOON)
         assert (pulled.transport, pulled.first_token_id) == (preference, 42)
         assert decode.cache.read_blocks(range(16)) == _expected(range(16))
 
@@ -224,7 +225,7 @@ async def test_process_killed_during_a_pull(preference: str) -> None:
         await until(lambda: decode.cache.read_blocks(range(8)) == _expected(range(8)))
         process.kill()
         with pytest.raises(TransferFailed) as caught:
-            await asyncio.wait_for(task, 20)
+            await asyncio.wait_for(task, SOON)
         assert caught.value.verified_blocks == 8
         assert decode.cache.read_blocks(range(8)) == _expected(range(8))
 

@@ -29,6 +29,7 @@ from kvrelay.engine.pool_file import PoolFile
 from kvrelay.request import WorkerRole, WorkerState
 from kvrelay.rpc import Server, Service
 from kvrelay.v1 import kv_pb2, kv_pb2_grpc
+from tests.patience import SOON
 
 KEY = b"k" * 32
 EPOCH = 7
@@ -187,7 +188,7 @@ async def pair(preference: str, checksum: str = "full", num_blocks: int = NUM_BL
 
 async def until(condition: Callable[[], bool]) -> None:
     """Waits for a condition that nobody announces."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(SOON):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 
@@ -203,7 +204,7 @@ async def prefill_process() -> AsyncIterator[tuple[asyncio.subprocess.Process, W
     )
     try:
         assert process.stdout is not None
-        told = json.loads(await asyncio.wait_for(process.stdout.readline(), 30))
+        told = json.loads(await asyncio.wait_for(process.stdout.readline(), SOON))
         here = Prefill()
         here.port = told["port"]
         shm = replace(offer_pool(here.cache), **told["shm"])

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from tests.faults.proxy import MIN_SPOILED_BYTES, NUM_SPOILED_BYTES, Direction, Link, Proxy
+from tests.patience import SOON
 
 TEXT = b"something" * MIN_SPOILED_BYTES
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -36,7 +37,7 @@ async def connect(proxy: Proxy) -> Connection:
 async def echoed(connection: Connection, text: bytes = TEXT) -> bytes:
     reader, writer = connection
     writer.write(text)
-    return await asyncio.wait_for(reader.readexactly(len(text)), 10)
+    return await asyncio.wait_for(reader.readexactly(len(text)), SOON)
 
 
 async def stays_silent(connection: Connection) -> bool:
@@ -89,7 +90,7 @@ async def test_what_is_stalled_comes_when_it_is_healed(proxy: Proxy, direction: 
     connection[1].write(TEXT)
     assert await stays_silent(connection)
     link(proxy).heal()
-    assert await asyncio.wait_for(connection[0].readexactly(len(TEXT)), 10) == TEXT
+    assert await asyncio.wait_for(connection[0].readexactly(len(TEXT)), SOON) == TEXT
 
 
 async def test_a_few_bits_flip_on_the_way_back(proxy: Proxy) -> None:

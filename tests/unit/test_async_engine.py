@@ -15,8 +15,7 @@ from kvrelay.engine.sequence import Chunk
 from kvrelay.engine.sequence import Sequence as EngineSequence
 from kvrelay.errors import AlreadyExists, InvalidArgument
 from kvrelay.request import Request, Sampling, Token
-
-TIME_LIMIT = 5
+from tests.patience import SOON
 
 
 class Counted:
@@ -51,7 +50,7 @@ async def engine(request: pytest.FixtureRequest) -> AsyncIterator[AsyncEngine]:
 
 async def nothing_is_held(engine: AsyncEngine) -> None:
     """What ended in flight is held until the step in flight is over."""
-    async with asyncio.timeout(TIME_LIMIT):
+    async with asyncio.timeout(SOON):
         while await engine.ask(lambda scheduler: scheduler.held()):
             pass
 
@@ -71,7 +70,7 @@ class Inbox:
             self.ended.set()
 
     async def tokens(self) -> list[int]:
-        await asyncio.wait_for(self.ended.wait(), TIME_LIMIT)
+        await asyncio.wait_for(self.ended.wait(), SOON)
         return [event.token.token_id for event in self.events if isinstance(event, Sampled)]
 
 

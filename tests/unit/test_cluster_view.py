@@ -7,8 +7,7 @@ import pytest
 
 from gateway.fleet import Connection
 from gateway.status import _ask
-
-TIME_LIMIT = 5
+from tests.patience import SOON
 
 
 class Leaving:
@@ -31,6 +30,6 @@ async def test_who_asks_can_be_cancelled() -> None:
     asking = asyncio.create_task(_ask(cast(Connection, Silent())))
     await asyncio.sleep(0)
     asking.cancel()
-    async with asyncio.timeout(TIME_LIMIT):
+    async with asyncio.timeout(SOON):
         with pytest.raises(asyncio.CancelledError):
             await asking

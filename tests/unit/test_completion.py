@@ -10,6 +10,7 @@ from gateway.completion import Completion
 from gateway.detokenizer import CompletionText
 from gateway.response_log import ResponseLog
 from kvrelay.request import FinishReason, Timings, Token, Usage
+from tests.patience import SOON
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -79,8 +80,8 @@ async def test_waiters_are_told_of_tokens_and_of_a_stop() -> None:
         for waiting in (completion.wait_for(2), completion.wait_for(10), completion.wait_for_stop())
     )
     completion.add(0, [Token(0), Token(1)])
-    await asyncio.wait_for(two, 5)
+    await asyncio.wait_for(two, SOON)
     assert not ten.done()
     assert not stop.done()
     completion.add(2, [Token(2)])
-    await asyncio.wait_for(asyncio.gather(ten, stop), 5)
+    await asyncio.wait_for(asyncio.gather(ten, stop), SOON)

@@ -10,12 +10,11 @@ from decode_worker.frames import FrameStreams
 from kvrelay.errors import FailedPrecondition
 from kvrelay.request import Token, TokenLogprobs
 from kvrelay.v1 import worker_pb2
-
-TIME_LIMIT = 5
+from tests.patience import SOON
 
 
 async def next_of(frames: AsyncIterator[worker_pb2.StreamFramesResponse]) -> list[tuple[int, int, list[int]]]:
-    frame = await asyncio.wait_for(anext(frames), TIME_LIMIT)
+    frame = await asyncio.wait_for(anext(frames), SOON)
     return [(entry.handle, entry.first_index, list(entry.token_ids)) for entry in frame.sequences]
 
 
@@ -38,7 +37,7 @@ async def test_the_first_token_of_a_local_prompt_tells_of_the_prompt() -> None:
         streams.add("gateway", 1, 1, Token(11))
         streams.add("gateway", 2, 0, Token(20))
         streams.flush()
-        frame = await asyncio.wait_for(anext(frames), TIME_LIMIT)
+        frame = await asyncio.wait_for(anext(frames), SOON)
         assert [list(entry.token_ids) for entry in frame.sequences] == [[10, 11], [20]]
         assert frame.sequences[0].local_prompt == local_prompt
         assert not frame.sequences[1].HasField("local_prompt")
@@ -51,7 +50,7 @@ async def test_what_was_not_read_becomes_one_frame() -> None:
         for index in range(3):
             streams.add("gateway", 1, index, Token(10 + index, TokenLogprobs(10 + index, -0.5)))
             streams.flush()
-        frame = await asyncio.wait_for(anext(frames), TIME_LIMIT)
+        frame = await asyncio.wait_for(anext(frames), SOON)
         assert [list(entry.token_ids) for entry in frame.sequences] == [[10, 11, 12]]
         assert [entry.chosen.token_id for entry in frame.sequences[0].logprobs] == [10, 11, 12]
 

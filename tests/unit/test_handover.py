@@ -6,6 +6,7 @@ import pytest
 
 from kv_transfer.handover import EndReason, Handover
 from kvrelay.errors import Cancelled, KvrelayError, NotFound, Unavailable
+from tests.patience import SOON
 
 
 @pytest.fixture
@@ -44,13 +45,13 @@ async def test_readers_wake_as_blocks_become_final(handover: Handover) -> None:
     one, three = (asyncio.create_task(handover.wait_beyond(n)) for n in (0, 2))
     done = asyncio.create_task(handover.wait_complete())
     handover.advance(1)
-    assert await asyncio.wait_for(one, 1) == 1
+    assert await asyncio.wait_for(one, SOON) == 1
     handover.advance(2)
     await asyncio.sleep(0)
     assert not three.done()
     handover.complete(0, 12.0)
-    assert await asyncio.wait_for(three, 1) == 4
-    assert await asyncio.wait_for(done, 1) == 0
+    assert await asyncio.wait_for(three, SOON) == 4
+    assert await asyncio.wait_for(done, SOON) == 0
 
 
 async def test_the_end_is_waited_for(handover: Handover) -> None:
@@ -59,12 +60,12 @@ async def test_the_end_is_waited_for(handover: Handover) -> None:
     await asyncio.sleep(0)
     assert not task.done()
     handover.end(EndReason.EXPIRED)
-    assert await asyncio.wait_for(task, 1) is EndReason.EXPIRED
+    assert await asyncio.wait_for(task, SOON) is EndReason.EXPIRED
 
 
 async def test_what_is_final_already_is_not_waited_for(handover: Handover) -> None:
     handover.advance(2)
-    assert await asyncio.wait_for(handover.wait_beyond(0), 1) == 2
+    assert await asyncio.wait_for(handover.wait_beyond(0), SOON) == 2
 
 
 async def test_blocks_that_will_never_be(handover: Handover) -> None:
@@ -90,6 +91,6 @@ async def test_the_end_reaches_every_reader(
     handover.end(reason)
     for task in tasks:
         with pytest.raises(error):
-            await asyncio.wait_for(task, 1)
+            await asyncio.wait_for(task, SOON)
     with pytest.raises(error):
         handover.check()

@@ -13,9 +13,9 @@ from kvrelay.engine.events import Admitted, EngineLoad, Event, Progress, Sampled
 from kvrelay.request import Request, Sampling, Token
 from kvrelay.v1 import worker_pb2
 from prefill_worker.service import _PrefillCall
+from tests.patience import SOON
 
 BLOCK_SIZE = 4
-TIME_LIMIT = 5
 STEP = StepOutput((), 1, 0.0, 0.0, EngineLoad(1, 0, 0, 16, 8), idle=False)
 
 
@@ -41,7 +41,7 @@ async def answers(events: list[Event], *, ask: bool, max_batched_tokens: int = 8
     for event in events:
         call.on_event(event, STEP)
     kinds = []
-    async with asyncio.timeout(TIME_LIMIT):
+    async with asyncio.timeout(SOON):
         async for response in call.responses():
             kinds.append(str(response.WhichOneof("event")))
             if kinds[-1] == "first_token":

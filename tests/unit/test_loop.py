@@ -17,9 +17,9 @@ from kvrelay.engine.scheduler import Scheduler
 from kvrelay.engine.sequence import Chunk, Role, Sequence
 from kvrelay.errors import AlreadyExists, DeadlineExceeded, Unavailable
 from kvrelay.request import Request, Sampling
+from tests.patience import SOON
 from tests.unit.shared_pools import joined
 
-SOON = 10.0  # seconds after which a test gives up
 dies = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
 

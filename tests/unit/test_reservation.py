@@ -12,10 +12,10 @@ from gateway.reservation import Reservation, reserves_late
 from gateway.router import Prompt, Router, WorkerView
 from kvrelay.request import WorkerRole
 from kvrelay.v1 import worker_pb2
+from tests.patience import SOON
 
 ANNOUNCEMENT = worker_pb2.PrefillResponse(last_chunk=worker_pb2.LastChunk())
 FIRST_TOKEN = worker_pb2.PrefillResponse(first_token=worker_pb2.FirstToken(token_id=7))
-TIME_LIMIT = 5
 counts = st.integers(0, 10_000)
 
 
@@ -65,7 +65,7 @@ def test_the_router_compares_the_prompt_with_what_is_free_waits_and_was_sent() -
 
 
 async def test_an_early_reservation_waits_for_nothing() -> None:
-    async with asyncio.timeout(TIME_LIMIT):
+    async with asyncio.timeout(SOON):
         await Reservation(late=False).wait()
 
 
@@ -81,7 +81,7 @@ async def test_a_late_reservation_waits_for_the_last_chunk_or_for_the_first_toke
         yield first
         await asyncio.Event().wait()
 
-    async with asyncio.timeout(TIME_LIMIT), Prefilling(b"ticket", responses(), reservation) as prefilling:
+    async with asyncio.timeout(SOON), Prefilling(b"ticket", responses(), reservation) as prefilling:
         waiting = asyncio.create_task(reservation.wait())
         for _ in range(10):
             await asyncio.sleep(0)

@@ -9,9 +9,9 @@ import pytest
 from gateway.response_log import ResponseHistory, ResponseLog
 from kvrelay.errors import KvrelayError, OutOfRange, Unavailable
 from kvrelay.request import Chunk, FinishReason, Timings, Token, TokenLogprobs, Usage
+from tests.patience import SOON
 
 USAGE, TIMINGS = Usage(3, 0, 2), Timings(total=1.0)
-TIME_LIMIT = 5
 
 
 def tokens(*ids: int) -> list[Token]:
@@ -23,12 +23,12 @@ def finish(log: ResponseLog) -> None:
 
 
 async def read_all(log: ResponseLog, after_seq: int = 0) -> list[Chunk]:
-    async with asyncio.timeout(TIME_LIMIT):
+    async with asyncio.timeout(SOON):
         return [response async for response in log.read(after_seq)]
 
 
 async def next_of(reader: AsyncIterator[Chunk]) -> Chunk:
-    async with asyncio.timeout(TIME_LIMIT):
+    async with asyncio.timeout(SOON):
         return await anext(reader)
 
 
@@ -161,7 +161,7 @@ async def test_a_cancelled_reader_leaves() -> None:
     await asyncio.sleep(0)
     assert log.num_readers == 1
     reading.cancel()
-    async with asyncio.timeout(TIME_LIMIT):
+    async with asyncio.timeout(SOON):
         await abandoned.wait()
     assert log.num_readers == 0
 

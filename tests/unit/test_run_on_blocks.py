@@ -11,6 +11,7 @@ from kv_transfer import threads
 from kv_transfer.threads import run_on_blocks
 from kvrelay.engine.kv_cache import KvCache
 from kvrelay.engine.kv_layout import KvLayout
+from tests.patience import SOON
 
 LAYOUT = KvLayout(b"model", "float32", block_size=4, num_layers=1, num_kv_heads=1, head_dim=8)
 
@@ -40,11 +41,11 @@ async def test_a_cancelled_caller_waits_for_the_thread(cache: KvCache) -> None:
 
     def work() -> None:
         begun.set()
-        resume.wait(5)
+        resume.wait(SOON)
 
     task = asyncio.create_task(run_on_blocks(cache, 4, work))
     try:
-        assert await asyncio.to_thread(begun.wait, 5)
+        assert await asyncio.to_thread(begun.wait, SOON)
         task.cancel()
         await asyncio.wait([task], timeout=0.05)
         assert not task.done()

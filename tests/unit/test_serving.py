@@ -12,8 +12,8 @@ from gateway.reservation import Reservation
 from kvrelay.errors import FailedPrecondition, Internal, Unavailable
 from kvrelay.request import FinishReason
 from kvrelay.v1 import inference_pb2, worker_pb2
+from tests.patience import SOON
 
-TIME_LIMIT = 5
 LOCAL_PROMPT = worker_pb2.LocalPrompt(cached_tokens=2, prefill_queue=0.25, prefill=0.5)
 
 
@@ -25,7 +25,7 @@ async def test_the_prefill_worker_explains_why_the_handover_ended() -> None:
         asyncio.get_running_loop().call_later(0.01, prefill.prompt_done.set)
         raise FailedPrecondition("nothing is held any more", reason="HANDOVER_ENDED")
 
-    async with asyncio.timeout(TIME_LIMIT):
+    async with asyncio.timeout(SOON):
         assert await Run([prefill, DecodeWorker("d1", finds_nothing)]).to_the_end() is FinishReason.STOP
 
 
@@ -34,7 +34,7 @@ async def test_a_lost_decode_worker_ends_the_request_at_once_where_nothing_else_
         raise lost("d1")
 
     with pytest.raises(Unavailable):
-        async with asyncio.timeout(TIME_LIMIT):
+        async with asyncio.timeout(SOON):
             await Run([PrefillWorker(), DecodeWorker("d1", dies)], max_failures=0).to_the_end()
 
 
@@ -44,7 +44,7 @@ async def test_a_prefill_worker_that_ends_without_a_token_is_a_defect_and_not_wa
         yield
 
     async with (
-        asyncio.timeout(TIME_LIMIT),
+        asyncio.timeout(SOON),
         Prefilling(b"", ends_after_the_ticket(), Reservation(late=False)) as prefilling,
     ):
         with pytest.raises(Internal):
@@ -63,7 +63,7 @@ async def test_decode_blocks_are_asked_for_at_once_or_with_the_last_chunk(late: 
 
     worker = DecodeWorker("d1", decode)
     worker.blocks_free = 1 if late else 100
-    async with asyncio.timeout(TIME_LIMIT):
+    async with asyncio.timeout(SOON):
         running = asyncio.create_task(Run([prefill, worker]).to_the_end())
         if late:
             for _ in range(20):
@@ -96,7 +96,7 @@ async def test_a_local_prompt_is_accounted_for_when_a_stop_string_ends_it() -> N
         raise AssertionError
 
     run = local(decode, stop=(f".{token_at(0)}.",))
-    async with asyncio.timeout(TIME_LIMIT):
+    async with asyncio.timeout(SOON):
         assert await run.to_the_end() is FinishReason.STOP
     check_accounted(run)
 
@@ -112,7 +112,7 @@ async def test_a_local_prompt_is_accounted_for_when_it_is_aborted() -> None:
 
     run = local(decode)
     running = asyncio.create_task(run.to_the_end())
-    async with asyncio.timeout(TIME_LIMIT):
+    async with asyncio.timeout(SOON):
         await told.wait()
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -131,6 +131,6 @@ async def test_what_makes_up_for_a_lost_worker_is_not_accounted_for() -> None:
         return await call.finish()
 
     run = local(dies, goes_on)
-    async with asyncio.timeout(TIME_LIMIT):
+    async with asyncio.timeout(SOON):
         assert await run.to_the_end() is FinishReason.LENGTH
     check_accounted(run)

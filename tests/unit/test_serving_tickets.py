@@ -9,8 +9,8 @@ from kvrelay.errors import FailedPrecondition, KvrelayError, Unavailable
 from kvrelay.request import FinishReason
 from kvrelay.telemetry import Attribute, EventName
 from kvrelay.v1 import worker_pb2
+from tests.patience import SOON
 
-TIME_LIMIT = 5
 TOKENS = [token_at(position) for position in range(MAX_TOKENS)]
 
 
@@ -33,7 +33,7 @@ def dies_after(num_tokens: int) -> Act:
 
 
 async def finish(run: Run) -> None:
-    async with asyncio.timeout(TIME_LIMIT):
+    async with asyncio.timeout(SOON):
         assert await run.to_the_end() is FinishReason.LENGTH
     assert run.token_ids == TOKENS
 
@@ -145,7 +145,7 @@ async def test_too_many_lost_decode_workers_end_the_request_and_each_counts_once
     workers = [DecodeWorker(f"d{index}", fails_with(lost(f"d{index}"))) for index in range(5)]
     run = Run([prefill, *workers], max_failures=2)
     with pytest.raises(Unavailable) as caught:
-        async with asyncio.timeout(TIME_LIMIT):
+        async with asyncio.timeout(SOON):
             await run.to_the_end()
     assert caught.value.metadata == {"stage": "decode", "worker": "d2", "cause": "WORKER_LOST", "failures": "3"}
     assert [len(worker.calls) for worker in workers] == [1, 1, 1, 0, 0]

@@ -12,6 +12,7 @@ import pytest
 from kvrelay.engine.block_pool import OutOfBlocks
 from kvrelay.engine.pool_file import DIGEST_BYTES
 from kvrelay.engine.shared_block_pool import SharedBlockPool
+from tests.patience import SOON
 from tests.unit.shared_pools import LAYOUT, Worker, joined, worker
 
 NUM_BLOCKS = 16
@@ -47,7 +48,7 @@ def stopped(process: Worker) -> Iterator[None]:
 
 def wait_free(pool: SharedBlockPool, count: int) -> None:
     """Looks as a worker does that waits for blocks."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + SOON
     while pool.num_free != count:
         assert time.monotonic() < deadline, f"{pool.num_free} blocks free, not {count}"
         with pool.locked():
