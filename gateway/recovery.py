@@ -6,8 +6,9 @@ __all__ = ["Recovery", "WorkerStart", "leaves_the_ticket"]
 
 WorkerStart = tuple[str, int]  # worker id and epoch
 
-# The worker leaves or has no room: another can go on, and nobody is to blame.
-_BLAMELESS = frozenset({"WORKER_DRAINING", "EVICTED", "NO_WORKERS"})
+# Another can go on, and nobody is to blame: the worker leaves, has no room, or has not noticed yet that it lost the
+# gateway which sent it the same request before. An attempt has an id of its own.
+_BLAMELESS = frozenset({"WORKER_DRAINING", "EVICTED", "NO_WORKERS", "ALREADY_ON_WORKER"})
 # The worker is not there for this request; another, or another start of this one, may be.
 _ABSENCES = frozenset({"WORKER_LOST", "STALE_EPOCH", "NO_FRAME_STREAM"})
 # The KV cache is not there, or did not come over; it is computed again.

@@ -69,7 +69,7 @@ class AsyncEngine:
             # What the engine still tells of the former sequence with this id is not this listener's.
             await asyncio.wait([self._leaving[request_id]])
         if request_id in self._listeners:
-            raise AlreadyExists(f"request {request_id} is on this worker already")
+            raise AlreadyExists(f"request {request_id} is on this worker already", reason="ALREADY_ON_WORKER")
         # Set before the answer, because the events of the first step may overtake it.
         self._listeners[request_id] = listener
         try:

@@ -114,7 +114,7 @@ class Scheduler:
             InvalidArgument: it can never run here.
         """
         if sequence.request_id in self._table.sequences:
-            raise AlreadyExists(f"request {sequence.request_id} is on this worker already")
+            raise AlreadyExists(f"request {sequence.request_id} is on this worker already", reason="ALREADY_ON_WORKER")
         num_tokens = len(sequence.token_ids)
         if not sequence.num_prompt_tokens or not num_tokens < self.limits.context_length:
             raise InvalidArgument.field(

@@ -9,7 +9,7 @@ from serving_kit import Act, DecodeCall, DecodeWorker, PrefillWorker, Run, lost,
 from gateway.disaggregation import Disaggregation
 from gateway.prefilling import Prefilling
 from gateway.reservation import Reservation
-from kvrelay.errors import FailedPrecondition, Internal, Unavailable
+from kvrelay.errors import AlreadyExists, FailedPrecondition, Internal, Unavailable
 from kvrelay.request import FinishReason
 from kvrelay.v1 import inference_pb2, worker_pb2
 from tests.patience import SOON
@@ -134,3 +134,18 @@ async def test_what_makes_up_for_a_lost_worker_is_not_accounted_for() -> None:
     async with asyncio.timeout(SOON):
         assert await run.to_the_end() is FinishReason.LENGTH
     check_accounted(run)
+
+
+async def test_a_worker_that_has_a_former_call_of_this_id_still_is_asked_under_another() -> None:
+    """It may not have noticed yet that it lost the gateway which the client had asked before."""
+
+    async def has_it(call: DecodeCall) -> worker_pb2.DecodeResponse:
+        metadata = {"stage": "decode", "worker": "d1"}
+        raise AlreadyExists("on this worker already", reason="ALREADY_ON_WORKER", metadata=metadata)
+
+    worker = DecodeWorker("d1", has_it, DecodeCall.finish)
+    prefill = PrefillWorker()
+    prefill.prompt_done.set()
+    async with asyncio.timeout(SOON):
+        assert await Run([prefill, worker], max_failures=0).to_the_end() is FinishReason.LENGTH
+    assert len({call.sequence.request_id for call in worker.calls}) == 2
