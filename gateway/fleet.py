@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import secrets
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
 from typing import Protocol
 
@@ -13,7 +14,7 @@ from grpc import aio
 from kvrelay.control.directory import WorkerDirectory
 from kvrelay.control.membership import WorkerEntry
 from kvrelay.control.registry import WorkerRecord
-from kvrelay.errors import KvrelayError, Unavailable
+from kvrelay.errors import Internal, KvrelayError, Unavailable
 from kvrelay.request import WorkerRole, WorkerState
 from kvrelay.rpc import is_being_cancelled, open_channel, translated
 from kvrelay.v1 import worker_pb2, worker_pb2_grpc
@@ -24,6 +25,9 @@ log = logging.getLogger(__name__)
 
 RECONNECT_SECONDS = 0.1
 ANSWER_SECONDS = 0.5
+# Of all connections and, as far as chance allows, of a former gateway of this name: what still arrives of a connection
+# that was given up names no call of another.
+_HANDLES = itertools.count(secrets.randbits(32))
 
 
 class TokenSink(Protocol):
@@ -51,7 +55,6 @@ class Connection:
         self._prefill = worker_pb2_grpc.PrefillServiceStub(self._channel)
         self._decode = worker_pb2_grpc.DecodeServiceStub(self._channel)
         self._worker = worker_pb2_grpc.WorkerServiceStub(self._channel)
-        self._handles = itertools.count(1)
         self._calls: dict[int, tuple[TokenSink, asyncio.Future[None]]] = {}
         self._up = False
         watch = self._read_frames if record.role is WorkerRole.DECODE else self._watch_channel
@@ -69,13 +72,13 @@ class Connection:
     async def close(self) -> None:
         """Ends all calls."""
         self._watcher.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._watcher
+        await asyncio.wait([self._watcher])
         self._set_up(False)
         await self._channel.close(None)
 
     async def status(self, timeout: float) -> worker_pb2.GetStatusResponse:
         """Raises: KvrelayError if the worker does not answer."""
+        self._require_up()
         with translated():
             return await self._worker.GetStatus(worker_pb2.GetStatusRequest(), timeout=timeout)
 
@@ -83,14 +86,21 @@ class Connection:
     async def prefill(
         self, sequence: worker_pb2.SequenceSpec, timeout: float | None, announce_last_chunk: bool = False
     ) -> AsyncIterator[AsyncIterator[worker_pb2.PrefillResponse]]:
-        """A Prefill call's responses. Leaving the context frees what the worker still holds for it."""
+        """A Prefill call's responses. Leaving the context frees what the worker still holds for it.
+
+        Raises:
+            Unavailable: the worker was lost.
+            KvrelayError: what the worker said.
+        """
         request = worker_pb2.PrefillRequest(
             sequence=sequence,
             worker_epoch=self.record.epoch,
             announce_last_chunk=announce_last_chunk,
             gateway_id=self._gateway_id,
         )
-        call = self._prefill.Prefill(request, timeout=timeout)
+        with self._blamed("prefill"):
+            self._require_up()
+            call = self._prefill.Prefill(request, timeout=timeout)
         try:
             yield self._responses(call)
         finally:
@@ -117,9 +127,7 @@ class Connection:
             Unavailable: the worker was lost.
             KvrelayError: what the worker said.
         """
-        handle = next(self._handles)
-        lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._calls[handle] = (sink, lost)
+        handle = next(_HANDLES) % (1 << 32)
         request = worker_pb2.DecodeRequest(
             sequence=sequence,
             ticket=ticket,
@@ -127,11 +135,17 @@ class Connection:
             handle=handle,
             worker_epoch=self.record.epoch,
         )
-        call = self._decode.Decode(request, timeout=timeout)
+        with self._blamed("decode"):
+            self._require_up()
+            call = self._decode.Decode(request, timeout=timeout)
+        lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._calls[handle] = (sink, lost)
         answer = asyncio.create_task(_all_of_it(call, sink))
         try:
             with self._blamed("decode"):
                 await asyncio.wait((answer, lost), return_when=asyncio.FIRST_COMPLETED)
+                if lost.done():
+                    lost.result()
                 # The end of the frames may overtake the answer of a worker that drains.
                 await asyncio.wait((answer,), timeout=ANSWER_SECONDS)
                 # gRPC cancels the calls of a channel that is closed, which is not this task's own cancellation.
@@ -141,7 +155,12 @@ class Connection:
         finally:
             answer.cancel()
             call.cancel()
-            self._calls.pop(handle, None)
+            del self._calls[handle]
+
+    def _require_up(self) -> None:
+        """A call of a channel that is closed is an error of gRPC's own; of frames that do not come, none at all."""
+        if not self._up:
+            raise Unavailable("the connection is down")
 
     @contextlib.contextmanager
     def _blamed(self, stage: str) -> Iterator[None]:
@@ -172,13 +191,20 @@ class Connection:
                         self._deliver(tokens)
             except aio.AioRpcError as error:
                 log.debug("frames of %s: %s", self.record.worker_id, error.code())
+            except Exception:
+                log.exception("frames of %s cannot be read", self.record.worker_id)
             self._set_up(False)
             await asyncio.sleep(RECONNECT_SECONDS)
 
     def _deliver(self, tokens: worker_pb2.SequenceTokens) -> None:
-        call = self._calls.get(tokens.handle)
-        if call is not None:
-            call[0].take(tokens)
+        sink, lost = self._calls.get(tokens.handle, (None, None))
+        if sink is None or lost is None or lost.done():
+            return
+        try:
+            sink.take(tokens)
+        except Exception:  # which is one request's own
+            log.exception("tokens of %s cannot be taken", self.record.worker_id)
+            lost.set_exception(Internal("the gateway failed to take the request's tokens"))
 
     async def _watch_channel(self) -> None:
         state = self._channel.get_state(try_to_connect=True)
