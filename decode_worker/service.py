@@ -5,7 +5,7 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
-from decode_worker.frames import FrameStreams
+from decode_worker.frames import FrameStream, FrameStreams
 from decode_worker.intake import Intake
 from kv_transfer.choice import parse_required
 from kv_transfer.links import Links
@@ -48,6 +48,7 @@ class DecodeWorker(worker_pb2_grpc.DecodeServiceServicer):
         self.intake = Intake(self.engine, puller, engine.block_size, engine.max_batched_tokens)
         self.engine.on_step = self.frames.flush
         self._calls: dict[str, _DecodeCall] = {}  # by request id
+        self._leaving = False
 
     @property
     def services(self) -> Sequence[Service]:
@@ -68,7 +69,8 @@ class DecodeWorker(worker_pb2_grpc.DecodeServiceServicer):
 
     def leave(self) -> None:
         """Hands the running sequences over if another decode worker can take them; else they may finish."""
-        if self._another_is_ready():
+        self._leaving = self._another_is_ready()
+        if self._leaving:
             for call in self._calls.values():
                 call.leave()
 
@@ -98,21 +100,27 @@ class DecodeWorker(worker_pb2_grpc.DecodeServiceServicer):
 
     async def Decode(self, request: worker_pb2.DecodeRequest, context: Any) -> worker_pb2.DecodeResponse:
         check_epoch(request.worker_epoch, self._links.epoch)
-        self.frames.check(request.gateway_id)
-        await failpoints.reach("decode.received")
-        call = _DecodeCall(self, request)
-        role = Role.DECODE if request.ticket else Role.WHOLE
-        sequence = EngineSequence(call.request, role, arrival=call.arrival, deadline=deadline_of(context))
-        if request.ticket:
-            sequence.borrowed = await self.intake.borrowed(request.ticket)
+        stream = self.frames.standing(request.gateway_id)
+        with stream.carrying():
+            await failpoints.reach("decode.received")
+            return await self._run(_DecodeCall(self, request, stream), deadline_of(context))
+
+    async def _run(self, call: "_DecodeCall", deadline: float | None) -> worker_pb2.DecodeResponse:
+        request_id, ticket = call.request.request_id, call.ticket
+        role = Role.DECODE if ticket else Role.WHOLE
+        sequence = EngineSequence(call.request, role, arrival=call.arrival, deadline=deadline)
+        if ticket:
+            sequence.borrowed = await self.intake.borrowed(ticket)
         await self.engine.submit(sequence, call.on_event)
-        self._calls[call.request.request_id] = call
+        self._calls[request_id] = call
         try:
+            if self._leaving:  # since it came
+                call.leave()
             return await call.run()
         finally:
-            del self._calls[call.request.request_id]
+            del self._calls[request_id]
             if not call.left:  # else its blocks are held under a lease
-                self.engine.abort(call.request.request_id)
+                self.engine.abort(request_id)
 
     async def StreamFrames(
         self, request: worker_pb2.StreamFramesRequest, context: Any
@@ -125,16 +133,22 @@ class DecodeWorker(worker_pb2_grpc.DecodeServiceServicer):
 class _DecodeCall:
     """One Decode call: reserved; transferred, or prefilled here; running; done, or handed over to another worker.
 
+    Args:
+        stream: where its tokens go.
+
     Attributes:
+        ticket: empty where the prompt is computed here.
         left: the sequence's blocks are held under a lease, for another decode worker.
     """
 
-    def __init__(self, worker: DecodeWorker, call: worker_pb2.DecodeRequest) -> None:
+    def __init__(self, worker: DecodeWorker, call: worker_pb2.DecodeRequest, stream: FrameStream) -> None:
         self.request = wire.request_from_proto(call.sequence)
         self.gateway_id = call.gateway_id
+        self.ticket = call.ticket
         self.arrival = time.monotonic()
         self._worker = worker
         self._call = call
+        self._stream = stream
         loop = asyncio.get_running_loop()
         self._admitted: asyncio.Future[tuple[Admitted, float]] = loop.create_future()
         self._finished: asyncio.Future[Finished | HandedOver] = loop.create_future()
@@ -152,14 +166,14 @@ class _DecodeCall:
         await asyncio.wait((self._admitted, self._finished), return_when=asyncio.FIRST_COMPLETED)
         if not self._admitted.done():
             await self._finished  # failed, before it had blocks
-        if self._call.ticket:
+        if self.ticket:
             return await self._run_after_handover(*self._admitted.result())
         return await self._run_whole(*self._admitted.result())
 
     async def _run_after_handover(self, admitted: Admitted, reserved_at: float) -> worker_pb2.DecodeResponse:
         self._trace(SpanName.DECODE_QUEUE, self.arrival, reserved_at, {})
         await failpoints.reach("decode.reserved")
-        taken = await self._worker.intake.take_over(self._call.ticket, admitted, self._call.sequence.traceparent)
+        taken = await self._worker.intake.take_over(self.ticket, admitted, self._call.sequence.traceparent)
         finished = await self._to_the_end(taken.at)
         step_started, step_ended = self._first_step or (taken.at, taken.at)
         response = self._response(finished, step_ended - step_started)
@@ -214,13 +228,13 @@ class _DecodeCall:
 
     def _sampled(self, event: Sampled, step: StepOutput) -> None:
         local_prompt = None
-        if not self._call.ticket and not self._prompt_done.done():
+        if not self.ticket and not self._prompt_done.done():
             self._prompt_done.set_result(step.ended)
             local_prompt = self._local_prompt(step.ended, *self._admitted.result())
         elif self._first_step is None:
             self._first_step = (step.started, step.ended)
         self._num_tokens = event.index + 1
-        self._worker.frames.add(self.gateway_id, self._call.handle, event.index, event.token, local_prompt)
+        self._stream.add(self._call.handle, event.index, event.token, local_prompt)
 
     def _local_prompt(self, done_at: float, admitted: Admitted, admitted_at: float) -> worker_pb2.LocalPrompt:
         return worker_pb2.LocalPrompt(
