@@ -47,4 +47,9 @@ CMD ["--help"]
 
 FROM cpu AS cuda
 RUN python3 -c "import sys, torch; sys.exit(torch.version.cuda is None and 'this PyTorch is a CPU build')"
-ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+# Triton compiles when a worker starts: it needs a C compiler, and a folder from which it may load what it has compiled.
+USER root
+RUN apt-get update -q && apt-get install -yq --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/* \
+    && install --directory --owner kvrelay --mode 700 /var/cache/triton
+USER kvrelay
+ENV TRITON_CACHE_DIR=/var/cache/triton NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility

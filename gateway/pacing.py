@@ -1,9 +1,10 @@
 """When responses go out: at once while there are few of them, in waves while there are many.
 
-What a response costs the gateway is nearly all gRPC's, some 50 us of CPU each, whether it brings one token or ten. So
-there is a budget of responses a second for all streams together. While it lasts, every token goes out as it comes: one
-stream, or a few, notice nothing. Beyond it, the responses of all streams go out together in waves, each as long after
-the last as that one has used up of the budget, and a response brings all the tokens of its stream since then.
+Each response costs the gateway a gRPC message, whether it brings one token or ten. docs/performance.md has the CPU time
+that this comes to. So there is a budget of responses per second for all streams together. Within it, every token goes
+out as it comes: one stream, or a few, notice nothing. Beyond it, the responses of all streams go out together in waves,
+each as long after the last as that one has used up of the budget, and a response brings all the tokens of its stream
+since then.
 
 The first token of a request and its end wait for nobody, so the time to first token and the total are not affected.
 Between them a token waits for the next wave, at most `streams / responses_per_second` and never over LONGEST_PAUSE:

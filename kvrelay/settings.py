@@ -157,7 +157,9 @@ class EngineSettings:
         choices=("auto", "always", "never"),
     )
     cuda_graphs: bool = setting(True, "replay decode steps as CUDA graphs on a GPU")
-    threads: int = setting(0, "CPU threads of one worker; 0 means twice its share of the cores", minimum=0)
+    threads: int = setting(
+        0, "CPU threads of one worker; 0 means torch's default, and under `up` twice its share of the cores", minimum=0
+    )
 
 
 @dataclass(frozen=True, slots=True)

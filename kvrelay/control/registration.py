@@ -1,4 +1,4 @@
-"""The writing side of the registry: a worker or a gateway that says twice a second that it is there."""
+"""The writing side of the registry: a worker or a gateway that says at regular intervals that it is there."""
 
 import asyncio
 import contextlib

@@ -27,6 +27,7 @@ if _version_not_supported:
 
 class InferenceServiceStub:
     """The public API. Errors are gRPC statuses with google.rpc details (BadRequest, RetryInfo, ErrorInfo).
+    A request message may have at most 4 MiB.
     """
 
     def __init__(self, channel):
@@ -64,6 +65,7 @@ class InferenceServiceStub:
 
 class InferenceServiceServicer:
     """The public API. Errors are gRPC statuses with google.rpc details (BadRequest, RetryInfo, ErrorInfo).
+    A request message may have at most 4 MiB.
     """
 
     def Generate(self, request, context):
@@ -74,7 +76,7 @@ class InferenceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Abort(self, request, context):
-        """Ends a request; its stream closes with finish_reason ABORT. NOT_FOUND if the id is not known.
+        """Ends a request; its stream closes with finish_reason ABORT. NOT_FOUND if this gateway does not know the id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -137,6 +139,7 @@ def add_InferenceServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class InferenceService:
     """The public API. Errors are gRPC statuses with google.rpc details (BadRequest, RetryInfo, ErrorInfo).
+    A request message may have at most 4 MiB.
     """
 
     @staticmethod

@@ -27,7 +27,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class InferenceServiceStub:
-    """The public API. Errors are gRPC statuses with google.rpc details (BadRequest, RetryInfo, ErrorInfo)."""
+    """The public API. Errors are gRPC statuses with google.rpc details (BadRequest, RetryInfo, ErrorInfo).
+    A request message may have at most 4 MiB.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -36,7 +38,7 @@ class InferenceServiceStub:
     Generate: _grpc.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]
     """Runs one request and streams its tokens. Cancelling the call cancels the request."""
     Abort: _grpc.UnaryUnaryMultiCallable[_inference_pb2.AbortRequest, _inference_pb2.AbortResponse]
-    """Ends a request; its stream closes with finish_reason ABORT. NOT_FOUND if the id is not known."""
+    """Ends a request; its stream closes with finish_reason ABORT. NOT_FOUND if this gateway does not know the id."""
     ListModels: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]
     GetClusterStatus: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GetClusterStatusRequest, _inference_pb2.GetClusterStatusResponse]
     ListHeldBlocks: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ListHeldBlocksRequest, _inference_pb2.ListHeldBlocksResponse]
@@ -44,20 +46,24 @@ class InferenceServiceStub:
 
 @_typing.type_check_only
 class InferenceServiceAsyncStub(InferenceServiceStub):
-    """The public API. Errors are gRPC statuses with google.rpc details (BadRequest, RetryInfo, ErrorInfo)."""
+    """The public API. Errors are gRPC statuses with google.rpc details (BadRequest, RetryInfo, ErrorInfo).
+    A request message may have at most 4 MiB.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
     """Runs one request and streams its tokens. Cancelling the call cancels the request."""
     Abort: _aio.UnaryUnaryMultiCallable[_inference_pb2.AbortRequest, _inference_pb2.AbortResponse]  # type: ignore[assignment]
-    """Ends a request; its stream closes with finish_reason ABORT. NOT_FOUND if the id is not known."""
+    """Ends a request; its stream closes with finish_reason ABORT. NOT_FOUND if this gateway does not know the id."""
     ListModels: _aio.UnaryUnaryMultiCallable[_inference_pb2.ListModelsRequest, _inference_pb2.ListModelsResponse]  # type: ignore[assignment]
     GetClusterStatus: _aio.UnaryUnaryMultiCallable[_inference_pb2.GetClusterStatusRequest, _inference_pb2.GetClusterStatusResponse]  # type: ignore[assignment]
     ListHeldBlocks: _aio.UnaryUnaryMultiCallable[_inference_pb2.ListHeldBlocksRequest, _inference_pb2.ListHeldBlocksResponse]  # type: ignore[assignment]
     """Every KV block that is held on any worker, by whom and why."""
 
 class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
-    """The public API. Errors are gRPC statuses with google.rpc details (BadRequest, RetryInfo, ErrorInfo)."""
+    """The public API. Errors are gRPC statuses with google.rpc details (BadRequest, RetryInfo, ErrorInfo).
+    A request message may have at most 4 MiB.
+    """
 
     @_abc_1.abstractmethod
     def Generate(
@@ -73,7 +79,7 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.AbortRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.AbortResponse, _abc.Awaitable[_inference_pb2.AbortResponse]]:
-        """Ends a request; its stream closes with finish_reason ABORT. NOT_FOUND if the id is not known."""
+        """Ends a request; its stream closes with finish_reason ABORT. NOT_FOUND if this gateway does not know the id."""
 
     @_abc_1.abstractmethod
     def ListModels(
