@@ -130,12 +130,19 @@ async def _left(rig: Rig, player: "_Player") -> list[str]:
 
 
 def _open_spans(rig: Rig, player: "_Player") -> str:
-    """Each try that was heard has one span, if its gateway lived to tell; who failed early may not have been heard."""
-    gateway_died = any(fault.takes_the_gateway and fault.kind is Kind.KILL for fault in player.met)
+    """Each try that was heard has one span, if its gateway lived to tell; who failed early may not have been heard.
+
+    After a freeze, a second try may join the first one, which still runs and whose client has left.
+    """
+    gateway_lost_by = {fault.kind for fault in player.met if fault.takes_the_gateway}
     tries, heard = Counter[str](), Counter[str]()
     for outcome in (*player.outcomes, *player.asked_again):
         tries[outcome.request_id] += outcome.num_tries
-        heard[outcome.request_id] += bool(outcome.chunks) and not gateway_died
+        heard[outcome.request_id] += bool(outcome.chunks)
+    if Kind.KILL in gateway_lost_by:
+        heard.clear()
+    elif Kind.FREEZE in gateway_lost_by:
+        heard = Counter(name for name, count in heard.items() if count)
     ended = rig.spans.num_ended
     wrong = {name: ended[name] for name in tries if not heard[name] <= ended[name] <= tries[name]}
     return f"spans that ended: {wrong}" if wrong else ""
