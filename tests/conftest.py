@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import tests.exploring  # noqa: F401  (sets hypothesis up)
 from tests.checkpoints import make_checkpoint
 
 # Triton decides when it is imported, which transformers may do at any time.

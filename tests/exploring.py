@@ -1,17 +1,15 @@
-"""How hypothesis explores a state machine: the same acts each time, and no clock."""
+"""How hypothesis explores: the same examples each time, and no clock, which another load of the machine would stop."""
 
 from hypothesis import HealthCheck, settings
 
 __all__ = ["exploring"]
 
+settings.register_profile(
+    "kvrelay", derandomize=True, database=None, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("kvrelay")
+
 
 def exploring(max_examples: int, max_acts: int) -> settings:
-    """So many lives, each of up to so many acts."""
-    return settings(
-        max_examples=max_examples,
-        stateful_step_count=max_acts,
-        derandomize=True,
-        database=None,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )
+    """Of a state machine so many lives, each of up to so many acts."""
+    return settings(max_examples=max_examples, stateful_step_count=max_acts, suppress_health_check=list(HealthCheck))

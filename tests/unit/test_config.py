@@ -279,7 +279,7 @@ def test_dumped_settings_are_read_back(write: Write) -> None:
         assert config.load({"config": str(write(config.dump_toml(asked)))}, {}) == asked
 
 
-@settings(max_examples=50, derandomize=True, database=None, deadline=None)
+@settings(max_examples=50)
 @given(text=st.text(st.characters(exclude_categories=["Cs"])), seconds=st.floats(min_value=0.1))
 def test_any_text_and_number_is_read_back(tmp_path_factory: pytest.TempPathFactory, text: str, seconds: float) -> None:
     asked = Settings(engine=EngineSettings(model=text), transfer=TransferSettings(lease_seconds=seconds))

@@ -74,14 +74,14 @@ CUTS = st.lists(st.integers(0, 1000), max_size=20)
 
 @pytest.mark.parametrize("name", ["byte level", "unigram", "word level", "word end"])
 @given(data=st.data(), cuts=CUTS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_pieces_of_any_tokens_give_what_decoding_at_once_gives(name: str, data: st.DataObject, cuts: list[int]) -> None:
     ids = data.draw(token_ids(name))
     assert decode_in_pieces(name, pieces_of(ids, cuts)) == TOKENIZERS[name].decode(ids)
 
 
 @given(ids=st.lists(st.integers(2, 257), max_size=60), cuts=CUTS)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_any_bytes_give_what_decoding_at_once_gives(ids: list[int], cuts: list[int]) -> None:
     assert decode_in_pieces("byte level", pieces_of(ids, cuts)) == BYTE_LEVEL.decode(ids)
 
@@ -100,7 +100,7 @@ CHARACTERS = st.text(st.sampled_from("ab ▁é漢😀\ufffd"), max_size=20)
 
 @pytest.mark.parametrize("name", ["byte fallback", "byte fallback without strip"])
 @given(text=CHARACTERS, as_bytes=st.lists(st.booleans(), min_size=20, max_size=20), cuts=CUTS, data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_byte_tokens_of_any_text_give_what_decoding_at_once_gives(
     name: str, text: str, as_bytes: list[bool], cuts: list[int], data: st.DataObject
 ) -> None:
@@ -125,7 +125,7 @@ def decode_run_by_run(tokenizer: Tokenizer, ids: list[int]) -> str:
 
 @pytest.mark.parametrize("name", ["byte fallback", "byte fallback without strip"])
 @given(data=st.data(), cuts=CUTS)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_invalid_bytes_leave_the_characters_around_them(name: str, data: st.DataObject, cuts: list[int]) -> None:
     ids = data.draw(token_ids(name))
     assert decode_in_pieces(name, pieces_of(ids, cuts)) == decode_run_by_run(TOKENIZERS[name], ids)
@@ -172,7 +172,7 @@ STOPS = st.lists(st.text("ab", min_size=1, max_size=5), min_size=1, max_size=4)
 
 
 @given(text=st.text("abc", max_size=40), stop=STOPS, cuts=CUTS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_text_ends_before_the_first_stop_string(text: str, stop: list[str], cuts: list[int]) -> None:
     scanner = StopScanner(stop)
     emitted = ""
@@ -186,7 +186,7 @@ def test_text_ends_before_the_first_stop_string(text: str, stop: list[str], cuts
 
 
 @given(text=st.text("abc", max_size=40), stop=st.text("abc", min_size=1, max_size=4), cuts=CUTS)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_one_stop_string_splits_like_str_split(text: str, stop: str, cuts: list[int]) -> None:
     scanner = StopScanner([stop])
     emitted = "".join([scanner.push(piece)[0] for piece in pieces_of(text, cuts)]) + scanner.flush()
@@ -194,7 +194,7 @@ def test_one_stop_string_splits_like_str_split(text: str, stop: str, cuts: list[
 
 
 @given(text=st.text("abc", max_size=30), stop=STOPS)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_only_what_may_become_a_stop_string_is_held_back(text: str, stop: list[str]) -> None:
     scanner = StopScanner(stop)
     seen = emitted = ""

@@ -83,7 +83,7 @@ def test_scores_far_apart(kernels: NativeKernels) -> None:
     num_kv_heads=st.integers(1, 3),
     vectors=st.integers(1, 6),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_attention_of_any_batch(
     ranges: list[tuple[int, int]], block_size: int, group: int, num_kv_heads: int, vectors: int
 ) -> None:

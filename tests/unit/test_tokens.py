@@ -156,7 +156,7 @@ BOUNDED = {kind: make() for kind, make in KINDS.items() if kind != "unigram"}
 
 @pytest.mark.parametrize("kind", BOUNDED)
 @given(text=st.text(max_size=200) | st.text(st.sampled_from(" aon\n"), max_size=200))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_token_is_longer_than_the_longest(kind: str, text: str) -> None:
     longest = longest_token(BOUNDED[kind])
     assert longest is not None

@@ -202,7 +202,7 @@ def test_a_pool_may_have_more_elements_than_32_bits_count() -> None:
     assert_equal(GpuKernels().attend(query, large, LAYER, moved, SCALE), expected_of(query, small, batch))
 
 
-@settings(max_examples=8, deadline=None, derandomize=True, database=None, phases=[Phase.generate])  # shrinking is slow
+@settings(max_examples=8, phases=[Phase.generate])  # shrinking is slow
 @given(
     st.lists(st.tuples(st.integers(0, 60), st.integers(1, 30)), min_size=1, max_size=4),
     st.sampled_from([16, 48, 64]),
