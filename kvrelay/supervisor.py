@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from kvrelay.client import AsyncClient
-from kvrelay.config import dump_toml
+from kvrelay.config import dump_toml, without_settings
 from kvrelay.control.private_redis import PrivateRedis
 from kvrelay.errors import ConfigurationError, KvrelayError
 from kvrelay.request import WorkerState
@@ -102,7 +102,7 @@ class _Child:
 
 
 def _spawn(command: Sequence[str], stream: BinaryIO) -> "subprocess.Popen[bytes]":
-    environment = {**os.environ, "GRPC_VERBOSITY": os.environ.get("GRPC_VERBOSITY", "NONE"), "PYTHONUNBUFFERED": "1"}
+    environment = {"GRPC_VERBOSITY": "NONE", **without_settings(os.environ), "PYTHONUNBUFFERED": "1"}
     # A session of its own keeps Ctrl-C from reaching it before the supervisor has decided on the order of the end.
     return subprocess.Popen(
         command,

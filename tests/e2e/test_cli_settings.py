@@ -12,7 +12,7 @@ from redis import Redis
 from kvrelay.cli import main
 from kvrelay.control.private_redis import PrivateRedis
 from kvrelay.engine import kv_cache
-from tests.e2e.cluster import Cluster, eventually, free_port
+from tests.e2e.cluster import Cluster, eventually, free_port, start_cluster
 from tests.e2e.processes import kvrelay
 
 Output = pytest.CaptureFixture[str]
@@ -161,6 +161,12 @@ def test_up_with_an_unsupported_model(tiny_llama: Path, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert str(model) in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_flags_of_up_beat_its_environment_in_its_children_too(tiny_llama: Path, tmp_path: Path) -> None:
+    variables = {"KVRELAY_PORT": str(free_port()), "KVRELAY_SHARED_POOL": "auto"}
+    with start_cluster(tmp_path / "run", tiny_llama, num_blocks=64, environment=variables) as cluster:
+        assert [gateway.address for gateway in cluster.status().gateways] == [cluster.target]
 
 
 def test_up_says_what_to_do_next(cluster: Cluster) -> None:

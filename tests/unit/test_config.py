@@ -68,6 +68,12 @@ def test_what_a_command_asks_beside_the_settings_is_passed_over() -> None:
     assert settings == Settings()
 
 
+def test_what_would_beat_a_file_is_not_passed_on() -> None:
+    kept = {"PATH": "/bin", "KVRELAY_TARGET": "host:1", "KVRELAY_FAILPOINTS": "release.before=kill"}
+    settings = {"KVRELAY_PORT": "1", "KVRELAY_CONFIG": "a.toml", "KVRELAY_NO_SUCH": "1"}
+    assert config.without_settings(kept | settings) == kept
+
+
 # Values
 
 
