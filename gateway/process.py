@@ -23,7 +23,7 @@ from kvrelay.control.directory import WorkerDirectory
 from kvrelay.control.registration import Registration
 from kvrelay.control.registry import GatewayRecord
 from kvrelay.control.request_queue import RequestQueue
-from kvrelay.engine.checkpoint import resolve_checkpoint
+from kvrelay.engine.checkpoint import model_name, resolve_checkpoint
 from kvrelay.lifetime import StopRequest, settle
 from kvrelay.rpc import Server, Service
 from kvrelay.settings import GatewaySettings, Settings
@@ -46,7 +46,7 @@ async def run_gateway(settings: Settings, cluster_key: bytes) -> int:
     stopping = StopRequest()
     path = resolve_checkpoint(settings.engine.model)
     tokenizer = Tokenizer(path, settings.engine.context_length)
-    model_id = settings.engine.served_model_name or path.resolve().name
+    model_id = model_name(settings.engine)
     gateway_id = settings.worker.worker_id or f"gateway-{socket.gethostname()}-{os.getpid()}"
     limits = settings.gateway
     async with contextlib.AsyncExitStack() as cleanup:

@@ -120,7 +120,7 @@ class EngineSettings:
     """The model and the batching loop."""
 
     model: str = setting(DEMO_MODEL, "checkpoint folder, Hugging Face hub name, or demo for the model shipped")
-    served_model_name: str = setting("", "name of the model in the API; empty means the checkpoint's")
+    served_model_name: str = setting("", "name of the model in the API; empty: the folder's own, else as in --model")
     device: str = setting("auto", "torch device; auto takes a GPU if there is one")
     dtype: str = setting(
         "auto",

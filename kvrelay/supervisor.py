@@ -20,6 +20,7 @@ from typing import BinaryIO
 from kvrelay.client import AsyncClient
 from kvrelay.config import dump_toml, without_settings
 from kvrelay.control.private_redis import PrivateRedis
+from kvrelay.engine.checkpoint import model_name
 from kvrelay.errors import ConfigurationError, KvrelayError
 from kvrelay.request import WorkerState
 from kvrelay.settings import AUTO, Settings
@@ -238,7 +239,8 @@ class Supervisor:
             while not ready:
                 await asyncio.sleep(CHECK_SECONDS)
                 ready = await _all_ready(client, cluster.prefill + cluster.decode)
-        self._report(f"ready after {time.monotonic() - started:.1f} s: {target} serves {self._settings.engine.model}")
+        name = model_name(self._settings.engine)
+        self._report(f"ready after {time.monotonic() - started:.1f} s: {target} serves {name}")
         option = "" if target == "127.0.0.1:50051" else f" --target {target}"
         self._report(f'try in another terminal: kvrelay generate "Once upon a time"{option}')
         self._report(f"and: kvrelay status{option}; Ctrl-C here ends the cluster")

@@ -17,7 +17,7 @@ from kvrelay.control.registration import Registration
 from kvrelay.control.registry import LinkRecord, ModelInfo, ShmOffer, WorkerLoad, WorkerRecord
 from kvrelay.engine.async_engine import AsyncEngine
 from kvrelay.engine.block_pool import BlockBooks, BlockPool
-from kvrelay.engine.checkpoint import check_checkpoint, resolve_checkpoint
+from kvrelay.engine.checkpoint import check_checkpoint, model_name, resolve_checkpoint
 from kvrelay.engine.engine import Engine
 from kvrelay.engine.limits import Limits
 from kvrelay.engine.runner import ModelRunner
@@ -128,7 +128,7 @@ async def run_worker(
             interval=interval,
         )
         worker.register_at(settings.worker.advertise_port or port)
-        worker.begin(await registration.start(worker.record(path.resolve().name)))
+        worker.begin(await registration.start(worker.record()))
         cleanup.push_async_callback(registration.withdraw)
         cleanup.push_async_callback(part.stop)
         settle()
@@ -223,7 +223,7 @@ class _Worker(worker_pb2_grpc.WorkerServiceServicer):
     def register_at(self, port: int) -> None:
         self.address = self._settings.cluster.address(port)
 
-    def record(self, model_name: str) -> WorkerRecord:
+    def record(self) -> WorkerRecord:
         runner = self._runner
         return WorkerRecord(
             worker_id=self.worker_id,
@@ -231,7 +231,7 @@ class _Worker(worker_pb2_grpc.WorkerServiceServicer):
             address=self.address,
             pid=os.getpid(),
             model=ModelInfo(
-                id=self._settings.engine.served_model_name or model_name,
+                id=model_name(self._settings.engine),
                 architecture=runner.spec.architecture,
                 context_length=runner.context_length,
                 vocab_size=runner.spec.vocab_size,
