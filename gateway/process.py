@@ -7,7 +7,7 @@ import os
 import socket
 
 from gateway.admission import Admission
-from gateway.disaggregation import Costs, Disaggregation
+from gateway.disaggregation import Disaggregation
 from gateway.dispatch import Dispatch
 from gateway.fleet import Fleet
 from gateway.pacing import Pacer
@@ -67,9 +67,7 @@ async def run_gateway(settings: Settings, cluster_key: bytes) -> int:
         admission = Admission(queue)
         pool = TokenizerPool(tokenizer)
         cleanup.callback(pool.close)
-        engine = settings.engine
-        costs = Costs(disaggregation, engine.itl_limit, engine.max_batched_tokens)
-        dispatch = Dispatch(fleet, engine.block_size, limits.worker_wait_seconds, costs)
+        dispatch = Dispatch(fleet, limits.worker_wait_seconds, disaggregation)
         relay = Relay(tokenizer, pool, admission, dispatch, limits.max_failures)
         requests = Requests(ResponseHistory(limits.replay_seconds, limits.replay_requests), _pacer(limits))
         service = InferenceService(relay, requests, ClusterView(directory, fleet, admission), model_id)

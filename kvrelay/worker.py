@@ -236,11 +236,12 @@ class _Worker(worker_pb2_grpc.WorkerServiceServicer):
                 context_length=runner.context_length,
                 vocab_size=runner.spec.vocab_size,
                 block_size=runner.layout.block_size,
-                layout_digest=runner.layout.digest,
                 model_digest=runner.layout.model_digest.hex(),
                 block_bytes=runner.layout.block_bytes,
             ),
             shm=self._part.shared_memory(),
+            max_batched_tokens=self._settings.engine.max_batched_tokens,
+            itl_limit=self._settings.engine.itl_limit,
         )
 
     def load(self) -> WorkerLoad:
