@@ -86,7 +86,7 @@ async def serve(shape: str, tokens: int, num_tickets: int) -> None:
     blocks, offer = tuple(range(cache.num_blocks)), offer_pool(cache)
     tickets = []
     for number in range(num_tickets):
-        handover, ticket = leases.grant(f"r{number}", blocks, (0,) * len(blocks), time.time())
+        handover, ticket = leases.grant(f"r{number}", "gateway", blocks, (0,) * len(blocks), time.time())
         handover.complete(42, time.time())
         tickets.append(sign_ticket(ticket, KEY).hex())
     shm = dataclasses.asdict(offer) if offer else None
