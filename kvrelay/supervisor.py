@@ -164,6 +164,8 @@ class Supervisor:
                 key_file=cluster.key_file or str(self._run_dir / "cluster.key"),
             ),
             gateway=replace(gateway, port=gateway.port or _free_port(cluster.host)),
+            # Two processes cannot have one name or one port.
+            worker=replace(settings.worker, worker_id="", worker_port=0, advertise_port=0),
             engine=replace(
                 engine,
                 threads=engine.threads or _threads_each(num_workers),
