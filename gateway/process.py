@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import socket
 
 from gateway.admission import Admission
 from gateway.disaggregation import Disaggregation
@@ -47,7 +46,7 @@ async def run_gateway(settings: Settings, cluster_key: bytes) -> int:
     path = resolve_checkpoint(settings.engine.model)
     tokenizer = Tokenizer(path, settings.engine.context_length)
     model_id = model_name(settings.engine)
-    gateway_id = settings.worker.worker_id or f"gateway-{socket.gethostname()}-{os.getpid()}"
+    gateway_id = settings.worker.id_of("gateway")
     limits = settings.gateway
     async with contextlib.AsyncExitStack() as cleanup:
         redis = await connect(settings.cluster.redis)

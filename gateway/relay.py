@@ -52,7 +52,7 @@ class Relay:
         meter = telemetry.meter()
         self._requests = meter.create_counter(Metric.REQUESTS)
         self._completion_tokens = meter.create_counter(Metric.COMPLETION_TOKENS)
-        self._first_token = meter.create_histogram(Metric.TIME_TO_FIRST_TOKEN, unit="s")
+        self._first_token = telemetry.seconds_histogram(Metric.TIME_TO_FIRST_TOKEN)
 
     async def run(
         self, call: GenerateCall, log: ResponseLog, handle: CancelHandle, context: Context, deadline: float | None

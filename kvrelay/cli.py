@@ -5,7 +5,6 @@ import asyncio
 import contextlib
 import difflib
 import os
-import socket
 import sys
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import fields
@@ -179,7 +178,7 @@ def _cluster_key(settings: Settings) -> bytes:
 
 
 def _serve(service: str, settings: Settings, running: Coroutine[Any, Any, int]) -> int:
-    telemetry.configure(f"kvrelay-{service}", settings.worker.worker_id or f"{socket.gethostname()}-{os.getpid()}")
+    telemetry.configure(f"kvrelay-{service}", settings.worker.id_of(service))
     try:
         return asyncio.run(running)
     finally:

@@ -1,5 +1,6 @@
 """What can be set, and to what by default: frozen groups of settings. `kvrelay.config` reads them."""
 
+import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -113,6 +114,10 @@ class WorkerSettings:
         20.0, "a worker whose engine takes longer for one step is not ready; 0 allows any time", minimum=0
     )
     drain_seconds: float = setting(30.0, "how long running requests may take to finish after SIGTERM", minimum=0)
+
+    def id_of(self, service: str) -> str:
+        """The name of this process, which is a gateway, a prefill or a decode worker."""
+        return self.worker_id or f"{service}-{socket.gethostname()}-{os.getpid()}"
 
 
 @dataclass(frozen=True, slots=True)

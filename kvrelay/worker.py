@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -106,7 +105,7 @@ async def run_worker(
     engine = AsyncEngine(Engine(_scheduler(role, runner, settings), runner))
     lease_seconds, interval = settings.cluster.lease_seconds, settings.cluster.heartbeat_seconds
     directory = WorkerDirectory(redis, cluster_key, lease_seconds=lease_seconds, interval=interval)
-    worker_id = settings.worker.worker_id or f"{role.value}-{socket.gethostname()}-{os.getpid()}"
+    worker_id = settings.worker.id_of(role.value)
     part = build(Resources(worker_id, settings, cluster_key, engine, runner, directory))
     worker = _Worker(worker_id, role, settings, runner, engine, part)
     async with contextlib.AsyncExitStack() as cleanup:

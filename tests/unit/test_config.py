@@ -1,5 +1,6 @@
 import argparse
 import dataclasses
+import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 
 from kvrelay import config
 from kvrelay.errors import ConfigurationError
-from kvrelay.settings import ClusterSettings, EngineSettings, Settings, TransferSettings
+from kvrelay.settings import ClusterSettings, EngineSettings, Settings, TransferSettings, WorkerSettings
 
 GROUPS = [group.name for group in dataclasses.fields(Settings)]
 Write = Callable[[str], Path]
@@ -300,6 +301,11 @@ def test_any_text_and_number_is_read_back(tmp_path_factory: pytest.TempPathFacto
 def test_special_characters_are_read_back(write: Write, text: str) -> None:
     settings = Settings(engine=EngineSettings(model=f"a{text}b"))
     assert config.load({"config": str(write(config.dump_toml(settings)))}, {}) == settings
+
+
+def test_the_name_of_a_process() -> None:
+    assert WorkerSettings().id_of("decode") == f"decode-{socket.gethostname()}-{os.getpid()}"
+    assert WorkerSettings(worker_id="decode-7").id_of("decode") == "decode-7"
 
 
 @pytest.mark.parametrize(
