@@ -68,7 +68,7 @@ class Relay:
         with telemetry.tracer().start_as_current_span(
             SpanName.GENERATE, context=context, kind=trace.SpanKind.SERVER, record_exception=False
         ) as span:
-            span.set_attribute(Attribute.REQUEST_ID, call.request_id)
+            span.set_attributes({Attribute.REQUEST_ID: call.request_id, Attribute.MODEL: call.model})
             try:
                 async with asyncio.timeout_at(_on_loop_clock(deadline)):
                     reason = await run.to_the_end(span)

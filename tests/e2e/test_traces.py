@@ -188,6 +188,7 @@ def test_the_spans_tell_what_the_answer_tells(client: Client, receiver: Receiver
     root, prefill, transfer, decode = (
         trace[f"kvrelay.{name}"].attributes for name in ("generate", "prefill", "transfer", "decode")
     )
+    assert root["gen_ai.request.model"] == "tiny-llama"
     assert root["gen_ai.usage.input_tokens"] == prefill["gen_ai.usage.input_tokens"] == 100
     assert root["gen_ai.usage.output_tokens"] == decode["gen_ai.usage.output_tokens"] == 20
     assert transfer["kvrelay.transfer.blocks"] == 7
