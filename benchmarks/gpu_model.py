@@ -147,7 +147,6 @@ class ModelCase:
             context_length=self.context_length,
             context_limit="the benchmark wants no more",
             sliding_window=None,
-            fused=True,
             dtype=str(self.dtype).removeprefix("torch."),
         )
 

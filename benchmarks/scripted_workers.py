@@ -113,7 +113,7 @@ def _load() -> WorkerLoad:
 async def _serve(arguments: argparse.Namespace) -> None:
     stopping = StopRequest()
     key = load_cluster_key(arguments.key_file)
-    model = ModelInfo(arguments.model, "scripted", CONTEXT_LENGTH, VOCAB_SIZE, BLOCK_SIZE, "00", "00")
+    model = ModelInfo(arguments.model, "scripted", CONTEXT_LENGTH, VOCAB_SIZE, BLOCK_SIZE, "00")
     prefill = Service(
         "kvrelay.v1.PrefillService", worker_pb2_grpc.add_PrefillServiceServicer_to_server, ScriptedPrefill()
     )

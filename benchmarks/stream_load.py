@@ -50,7 +50,6 @@ class Load:
     first_token_p50: float
     first_token_p99: float
     inter_token_p50: float
-    inter_token_p99: float
 
 
 async def run_streams(
@@ -114,7 +113,6 @@ async def measure(
             first_token_p50=percentile(seen.first_token_times, 50),
             first_token_p99=percentile(seen.first_token_times, 99),
             inter_token_p50=percentile(seen.inter_token_times, 50),
-            inter_token_p99=percentile(seen.inter_token_times, 99),
         )
         stopping.set()
         await running

@@ -86,7 +86,7 @@ async def serve(shape: str, tokens: int, num_tickets: int) -> None:
     blocks, offer = tuple(range(cache.num_blocks)), offer_pool(cache)
     tickets = []
     for number in range(num_tickets):
-        handover, ticket = leases.grant(f"r{number}", blocks, (0,) * len(blocks), time.time())
+        handover, ticket = leases.grant(f"r{number}", "gateway", blocks, (0,) * len(blocks), time.time())
         handover.complete(42, time.time())
         tickets.append(sign_ticket(ticket, KEY).hex())
     shm = dataclasses.asdict(offer) if offer else None
@@ -112,8 +112,8 @@ class _Registry:
         raise TimeoutError
 
 
-def _record(told: Mapping[str, Any], pid: int, digest: str) -> WorkerRecord:
-    model = ModelInfo("small", "LlamaForCausalLM", 4096, 100, BLOCK_SIZE, digest, "00")
+def _record(told: Mapping[str, Any], pid: int) -> WorkerRecord:
+    model = ModelInfo("small", "LlamaForCausalLM", 4096, 100, BLOCK_SIZE, "00")
     shm = ShmOffer(**told["shm"]) if told["shm"] else None
     return WorkerRecord("prefill-0", WorkerRole.PREFILL, f"127.0.0.1:{told['port']}", pid, model, shm, EPOCH)
 
@@ -136,7 +136,7 @@ async def rates_table(shape: str, tokens: int, rounds: int) -> list[Row]:
     try:
         told = json.loads(await asyncio.wait_for(process.stdout.readline(), START_SECONDS))
         cache = KvCache(layout(shape), -(-tokens // BLOCK_SIZE), torch.device("cpu"))
-        registry = _Registry(_record(told, process.pid, cache.layout.digest))
+        registry = _Registry(_record(told, process.pid))
         found = await _pull_all(registry, cache, transports, told["tickets"], rounds)
     finally:
         process.stdin.close()

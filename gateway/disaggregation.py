@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from kvrelay.request import WorkerRole
 
-__all__ = ["Costs", "Disaggregation", "Link", "PromptWork"]
+__all__ = ["Disaggregation", "Link", "PromptWork", "seconds_local", "seconds_split"]
 
 # Tokens per second while no worker of the cluster has been measured. Only the order of magnitude matters: both ways are
 # then as fast as one another, and the link and the running streams decide.
@@ -70,39 +70,32 @@ class PromptWork:
         return (self.queued_tokens + self.uncached_tokens) / (self.rate or ASSUMED_PREFILL_RATE)
 
 
-@dataclass(frozen=True, slots=True)
-class Costs:
-    """What both ways cost.
+def seconds_split(
+    work: PromptWork, link: Link, *, num_tokens_moved: int, token_bytes: float, chunk_tokens: int
+) -> float:
+    """What a prompt costs that a prefill worker computes.
 
-    Attributes:
-        mode: whether the costs are asked at all.
-        itl_limit: seconds for which a step of a decode worker may be held up by prompt tokens; 0 is no limit.
-        chunk_tokens: tokens that a step of a prefill worker computes; what it computes last is moved last.
+    Blocks travel while later ones are computed. What that cannot hide is the last chunk, or more where the link is
+    slower than prefill.
+
+    Args:
+        num_tokens_moved: of the prompt, whose KV cache the decode worker does not hold.
+        token_bytes: of one token's KV cache.
+        chunk_tokens: that a step of the prefill worker computes.
     """
+    token_seconds = token_bytes / link.bandwidth
+    num_moved_last = min(num_tokens_moved, chunk_tokens)
+    exposed = max(num_moved_last * token_seconds, num_tokens_moved * token_seconds - work.prefill_seconds)
+    return work.seconds + link.latency + exposed
 
-    mode: Disaggregation = Disaggregation.ALWAYS
-    itl_limit: float = 0.1
-    chunk_tokens: int = 512
 
-    def disaggregated(self, work: PromptWork, link: Link, num_tokens_moved: int, token_bytes: float) -> float:
-        """Seconds that a prompt costs which a prefill worker computes.
+def seconds_local(work: PromptWork, num_running: int, itl_limit: float) -> float:
+    """What a prompt costs that the decode worker computes.
 
-        Blocks travel while later ones are computed. What that cannot hide is the last chunk, or more where the link is
-        slower than prefill.
+    Each stream that runs there waits for it, but no step keeps it waiting for longer than the limit.
 
-        Args:
-            num_tokens_moved: of the prompt, whose KV cache the decode worker does not hold.
-            token_bytes: of one token's KV cache.
-        """
-        token_seconds = token_bytes / link.bandwidth
-        num_moved_last = min(num_tokens_moved, self.chunk_tokens)
-        exposed = max(num_moved_last * token_seconds, num_tokens_moved * token_seconds - work.prefill_seconds)
-        return work.seconds + link.latency + exposed
-
-    def local(self, work: PromptWork, num_running: int) -> float:
-        """Seconds that a prompt costs which the decode worker computes.
-
-        Each stream that runs there waits for it, but no step keeps it waiting for longer than the limit.
-        """
-        delay = min(work.prefill_seconds, self.itl_limit) if self.itl_limit > 0.0 else work.prefill_seconds
-        return work.seconds + num_running * delay
+    Args:
+        itl_limit: seconds for which prompt tokens may hold up a step of the worker; 0 is no limit.
+    """
+    delay = min(work.prefill_seconds, itl_limit) if itl_limit > 0.0 else work.prefill_seconds
+    return work.seconds + num_running * delay

@@ -6,13 +6,13 @@ import time
 from collections.abc import Collection, Sequence
 from types import TracebackType
 
-from gateway.disaggregation import Costs, Link
+from gateway.disaggregation import Disaggregation, Link
 from gateway.fleet import Connection, Fleet
 from gateway.recovery import WorkerStart
 from gateway.reservation import Reservation
 from gateway.router import Prompt, Router, WorkerView
 from kvrelay.control.membership import WorkerEntry
-from kvrelay.control.registry import LinkRecord
+from kvrelay.control.registry import LinkRecord, ModelInfo
 from kvrelay.engine.prefix import block_digests, root_digest
 from kvrelay.errors import Unavailable
 from kvrelay.request import Request, WorkerRole, WorkerState
@@ -68,16 +68,14 @@ class Dispatch:
     """Knows where requests can go.
 
     Args:
-        block_size: of the workers' KV blocks, in which their prefix caches count.
         wait_seconds: how long a request waits for a worker when there is none.
-        costs: of moving a prompt's KV cache, or not; by default it is always moved.
+        mode: who computes prompts.
     """
 
-    def __init__(self, fleet: Fleet, block_size: int, wait_seconds: float, costs: Costs | None = None) -> None:
+    def __init__(self, fleet: Fleet, wait_seconds: float, mode: Disaggregation) -> None:
         self._fleet = fleet
-        self._block_size = block_size
         self._wait_seconds = wait_seconds
-        self._router = Router(block_size, costs=costs)
+        self._router = Router(mode)
 
     def context_length(self, otherwise: int) -> int:
         """Tokens that a request may have on every worker that is up; `otherwise` if none is."""
@@ -122,7 +120,7 @@ class Dispatch:
         entries = self._fleet.entries()
         worker_id = self._router.move(
             placement.request_id,
-            self._prompt(request, entries),
+            _prompt(request, entries),
             [_view(entry) for entry in entries],
             time.monotonic(),
             avoid=_to_avoid(entries, avoided),
@@ -133,7 +131,7 @@ class Dispatch:
         entries = self._fleet.entries()
         route = self._router.choose(
             request.request_id,
-            self._prompt(request, entries),
+            _prompt(request, entries),
             [_view(entry) for entry in entries],
             time.monotonic(),
             avoid=_to_avoid(entries, avoided),
@@ -142,12 +140,15 @@ class Dispatch:
         decode = self._fleet.connection(route.decode_id)
         return Placement(self._router, request.request_id, prefill, decode, Reservation(route.reserves_late))
 
-    def _prompt(self, request: Request, entries: Sequence[WorkerEntry]) -> Prompt:
-        num_tokens, digests = len(request.token_ids), list[bytes]()
-        if entries:
-            root = root_digest(bytes.fromhex(entries[0].record.model.model_digest), request.cache_salt)
-            digests = block_digests(root, request.token_ids, self._block_size)
-        return Prompt(num_tokens, digests, num_blocks=-(-num_tokens // self._block_size))
+
+def _prompt(request: Request, entries: Sequence[WorkerEntry]) -> Prompt:
+    models = {entry.record.model.block_size: entry.record.model for entry in entries}
+    return Prompt(len(request.token_ids), {size: _digests(request, model) for size, model in models.items()})
+
+
+def _digests(request: Request, model: ModelInfo) -> list[bytes]:
+    root = root_digest(bytes.fromhex(model.model_digest), request.cache_salt)
+    return block_digests(root, request.token_ids, model.block_size)
 
 
 def _to_avoid(entries: Sequence[WorkerEntry], avoided: Collection[WorkerStart]) -> list[str]:
@@ -165,6 +166,9 @@ def _view(entry: WorkerEntry) -> WorkerView:
         waiting_tokens=load.waiting_tokens,
         blocks_free=load.blocks_free,
         seen_at=entry.seen_at,
+        block_size=record.model.block_size,
+        max_batched_tokens=record.max_batched_tokens,
+        itl_limit=record.itl_limit,
         epoch=record.epoch,
         draining=load.state is not WorkerState.READY,
         prefill_rate=load.prefill_rate,

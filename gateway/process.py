@@ -4,10 +4,9 @@ import asyncio
 import contextlib
 import logging
 import os
-import socket
 
 from gateway.admission import Admission
-from gateway.disaggregation import Costs, Disaggregation
+from gateway.disaggregation import Disaggregation
 from gateway.dispatch import Dispatch
 from gateway.fleet import Fleet
 from gateway.pacing import Pacer
@@ -23,7 +22,7 @@ from kvrelay.control.directory import WorkerDirectory
 from kvrelay.control.registration import Registration
 from kvrelay.control.registry import GatewayRecord
 from kvrelay.control.request_queue import RequestQueue
-from kvrelay.engine.checkpoint import resolve_checkpoint
+from kvrelay.engine.checkpoint import model_name, resolve_checkpoint
 from kvrelay.lifetime import StopRequest, settle
 from kvrelay.rpc import Server, Service
 from kvrelay.settings import GatewaySettings, Settings
@@ -46,8 +45,8 @@ async def run_gateway(settings: Settings, cluster_key: bytes) -> int:
     stopping = StopRequest()
     path = resolve_checkpoint(settings.engine.model)
     tokenizer = Tokenizer(path, settings.engine.context_length)
-    model_id = settings.engine.served_model_name or path.resolve().name
-    gateway_id = settings.worker.worker_id or f"gateway-{socket.gethostname()}-{os.getpid()}"
+    model_id = model_name(settings.engine)
+    gateway_id = settings.worker.id_of("gateway")
     limits = settings.gateway
     async with contextlib.AsyncExitStack() as cleanup:
         redis = await connect(settings.cluster.redis)
@@ -67,9 +66,7 @@ async def run_gateway(settings: Settings, cluster_key: bytes) -> int:
         admission = Admission(queue)
         pool = TokenizerPool(tokenizer)
         cleanup.callback(pool.close)
-        engine = settings.engine
-        costs = Costs(disaggregation, engine.itl_limit, engine.max_batched_tokens)
-        dispatch = Dispatch(fleet, engine.block_size, limits.worker_wait_seconds, costs)
+        dispatch = Dispatch(fleet, limits.worker_wait_seconds, disaggregation)
         relay = Relay(tokenizer, pool, admission, dispatch, limits.max_failures)
         requests = Requests(ResponseHistory(limits.replay_seconds, limits.replay_requests), _pacer(limits))
         service = InferenceService(relay, requests, ClusterView(directory, fleet, admission), model_id)

@@ -52,7 +52,7 @@ class Relay:
         meter = telemetry.meter()
         self._requests = meter.create_counter(Metric.REQUESTS)
         self._completion_tokens = meter.create_counter(Metric.COMPLETION_TOKENS)
-        self._first_token = meter.create_histogram(Metric.TIME_TO_FIRST_TOKEN, unit="s")
+        self._first_token = telemetry.seconds_histogram(Metric.TIME_TO_FIRST_TOKEN)
 
     async def run(
         self, call: GenerateCall, log: ResponseLog, handle: CancelHandle, context: Context, deadline: float | None
@@ -68,7 +68,7 @@ class Relay:
         with telemetry.tracer().start_as_current_span(
             SpanName.GENERATE, context=context, kind=trace.SpanKind.SERVER, record_exception=False
         ) as span:
-            span.set_attribute(Attribute.REQUEST_ID, call.request_id)
+            span.set_attributes({Attribute.REQUEST_ID: call.request_id, Attribute.MODEL: call.model})
             try:
                 async with asyncio.timeout_at(_on_loop_clock(deadline)):
                     reason = await run.to_the_end(span)

@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from gateway.disaggregation import Costs, Disaggregation, Link, PromptWork
+from gateway.disaggregation import Disaggregation, Link, PromptWork, seconds_local, seconds_split
 from gateway.reservation import reserves_late
 from gateway.router_memory import PrefixIndex, Sent
 from kvrelay.errors import Unavailable
@@ -18,13 +18,16 @@ class Prompt:
     """What a request brings that somebody must compute, or have.
 
     Attributes:
-        digests: of its full blocks, as `kvrelay.engine.prefix.block_digests` makes them.
-        num_blocks: that hold it.
+        digests: of its full blocks, as `kvrelay.engine.prefix.block_digests` makes them, by each block size of the
+            workers.
     """
 
     num_tokens: int
-    digests: Sequence[bytes]
-    num_blocks: int
+    digests: Mapping[int, Sequence[bytes]]
+
+    def num_blocks(self, block_size: int) -> int:
+        """That hold it."""
+        return -(-self.num_tokens // block_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,9 @@ class WorkerView:
         waiting_tokens: prompt tokens still to be computed there.
         blocks_free: KV blocks that a new sequence could take, cached ones included.
         seen_at: when the heartbeat came, in seconds on the clock of the router's caller.
+        block_size: tokens in a KV block.
+        max_batched_tokens: that one step computes, which is a chunk of a longer prompt.
+        itl_limit: seconds for which prompt tokens may hold up a step; 0 is no limit.
         epoch: grows when the worker restarts, which empties its cache.
         draining: takes no new requests.
         prefill_rate: prompt tokens it computes per second, as measured; 0 while unknown.
@@ -51,6 +57,9 @@ class WorkerView:
     waiting_tokens: int
     blocks_free: int
     seen_at: float
+    block_size: int
+    max_batched_tokens: int
+    itl_limit: float
     epoch: int = 0
     draining: bool = False
     prefill_rate: float = 0.0
@@ -85,17 +94,15 @@ class Router:
     The prompt goes to the prefill worker that will be done with it first, counted in tokens: what is queued there by
     the last heartbeat, what was sent there since, and what of this prompt it has not cached. Decoding goes to the
     worker with the fewest sequences for its free blocks, and among equals to the one that holds most of the prefix.
-    Or one decode worker does both, if the costs say so: the one where that costs least.
+    Or one decode worker does both, if the mode says so: the one where that costs least.
 
     Args:
-        block_size: tokens in a KV block.
+        mode: who computes prompts.
         max_digests: block digests remembered for each role; the least recently used are forgotten.
-        costs: of both ways; by default every prompt goes to a prefill worker.
     """
 
-    def __init__(self, block_size: int, max_digests: int = 1 << 16, costs: Costs | None = None) -> None:
-        self._block_size = block_size
-        self._costs = costs or Costs()
+    def __init__(self, mode: Disaggregation = Disaggregation.ALWAYS, max_digests: int = 1 << 16) -> None:
+        self._mode = mode
         self._prefixes = {role: PrefixIndex(max_digests) for role in (WorkerRole.PREFILL, WorkerRole.DECODE)}
         self._routes: dict[str, Route] = {}
         self._sent: defaultdict[str, Sent] = defaultdict(Sent)  # prompt tokens, by who computes them
@@ -130,10 +137,9 @@ class Router:
             prefill_id=None if prefill is None else prefill.worker_id,
             decode_id=decode.worker_id,
             num_uncached_tokens=self._num_uncached(computing, prompt),
-            reserves_late=prefill is not None
-            and reserves_late(prompt.num_blocks, decode.blocks_free, self._num_promised(decode, prompt)),
+            reserves_late=prefill is not None and self._reserves_late(decode, prompt),
         )
-        self._prefixes[computing.role].record(computing, prompt.digests)
+        self._remember(computing, prompt)
         self._sent[computing.worker_id].add(request_id, route.num_uncached_tokens, now)
         self._join_decode(request_id, decode, prompt, now)
         self._routes[request_id] = route
@@ -177,9 +183,13 @@ class Router:
             self._leave_decode(request_id, route)
 
     def _join_decode(self, request_id: str, worker: WorkerView, prompt: Prompt, now: float) -> None:
-        self._prefixes[worker.role].record(worker, prompt.digests)
-        self._promised[worker.worker_id].add(request_id, prompt.num_blocks, now)
+        self._remember(worker, prompt)
+        self._promised[worker.worker_id].add(request_id, prompt.num_blocks(worker.block_size), now)
         self._num_decoding[worker.worker_id] += 1
+
+    def _remember(self, worker: WorkerView, prompt: Prompt) -> None:
+        """The worker is going to hold the prompt's prefix."""
+        self._prefixes[worker.role].record(worker, prompt.digests[worker.block_size])
 
     def _leave_decode(self, request_id: str, route: Route) -> None:
         self._promised[route.decode_id].remove(request_id)
@@ -189,14 +199,13 @@ class Router:
         self, prompt: Prompt, workers: Sequence[WorkerView], avoid: Collection[str]
     ) -> tuple[WorkerView | None, WorkerView]:
         """The prefill worker, or None where the decode worker computes the prompt; and the decode worker."""
-        mode = self._costs.mode
         decoding = _of_role(workers, WorkerRole.DECODE, avoid)
         has_prefill = any(worker.role is WorkerRole.PREFILL for worker in workers)
-        if mode is Disaggregation.NEVER or (mode is Disaggregation.AUTO and not has_prefill):
+        if self._mode is Disaggregation.NEVER or (self._mode is Disaggregation.AUTO and not has_prefill):
             return None, min(decoding, key=self._cost_of_both(prompt, workers))
         prefill = min(_of_role(workers, WorkerRole.PREFILL, avoid), key=self._cost_of_prefill(prompt))
         decode = min(decoding, key=self._cost_of_decoding(prompt))
-        if mode is Disaggregation.AUTO:
+        if self._mode is Disaggregation.AUTO:
             whole = min(decoding, key=self._cost_of_both(prompt, workers))
             if self._seconds_local(whole, prompt, workers) <= self._seconds_split(prefill, decode, prompt, workers):
                 return None, whole
@@ -211,8 +220,8 @@ class Router:
 
     def _cost_of_decoding(self, prompt: Prompt) -> Callable[[WorkerView], tuple[float, int, str]]:
         def cost(worker: WorkerView) -> tuple[float, int, str]:
-            num_held = self._prefixes[worker.role].num_blocks(worker, prompt.digests)
-            return (self._num_sequences(worker) + 1) / max(1, worker.blocks_free), -num_held, worker.worker_id
+            tokens_free = max(1, worker.blocks_free) * worker.block_size
+            return (self._num_sequences(worker) + 1) / tokens_free, -self._num_held(worker, prompt), worker.worker_id
 
         return cost
 
@@ -222,23 +231,24 @@ class Router:
         cost_of_decoding = self._cost_of_decoding(prompt)
 
         def cost(worker: WorkerView) -> tuple[bool, float, tuple[float, int, str]]:
-            has_room = worker.blocks_free >= prompt.num_blocks + self._num_promised(worker, prompt)
+            num_needed = prompt.num_blocks(worker.block_size) + self._num_promised(worker, prompt)
+            has_room = worker.blocks_free >= num_needed
             return not has_room, self._seconds_local(worker, prompt, workers), cost_of_decoding(worker)
 
         return cost
 
     def _seconds_local(self, worker: WorkerView, prompt: Prompt, workers: Sequence[WorkerView]) -> float:
-        return self._costs.local(self._work(worker, prompt, workers), self._num_sequences(worker))
+        return seconds_local(self._work(worker, prompt, workers), self._num_sequences(worker), worker.itl_limit)
 
     def _seconds_split(
         self, prefill: WorkerView, decode: WorkerView, prompt: Prompt, workers: Sequence[WorkerView]
     ) -> float:
-        num_held = self._prefixes[decode.role].num_blocks(decode, prompt.digests) * self._block_size
-        return self._costs.disaggregated(
+        return seconds_split(
             self._work(prefill, prompt, workers),
             link_between(prefill, decode),
-            num_tokens_moved=max(0, prompt.num_tokens - num_held),
-            token_bytes=decode.block_bytes / self._block_size,
+            num_tokens_moved=max(0, prompt.num_tokens - self._num_held(decode, prompt)),
+            token_bytes=decode.block_bytes / decode.block_size,
+            chunk_tokens=prefill.max_batched_tokens,
         )
 
     def _work(self, worker: WorkerView, prompt: Prompt, workers: Sequence[WorkerView]) -> PromptWork:
@@ -251,8 +261,13 @@ class Router:
         return worker.waiting_tokens + self._sent[worker.worker_id].since(worker.seen_at)
 
     def _num_uncached(self, worker: WorkerView, prompt: Prompt) -> int:
-        num_cached = self._prefixes[worker.role].num_blocks(worker, prompt.digests) * self._block_size
-        return max(1, prompt.num_tokens - num_cached)  # the last token is always computed, for its logits
+        # The last token is always computed, for its logits.
+        return max(1, prompt.num_tokens - self._num_held(worker, prompt))
+
+    def _num_held(self, worker: WorkerView, prompt: Prompt) -> int:
+        """Tokens of the prompt whose KV cache the worker probably has."""
+        num_blocks = self._prefixes[worker.role].num_blocks(worker, prompt.digests[worker.block_size])
+        return num_blocks * worker.block_size
 
     def _num_sequences(self, worker: WorkerView) -> int:
         # The heartbeat lags behind what this gateway sent, and knows what other gateways sent.
@@ -260,7 +275,12 @@ class Router:
 
     def _num_promised(self, worker: WorkerView, prompt: Prompt) -> int:
         """Blocks that others are going to take: sent since the heartbeat, or waiting there, as large as this one."""
-        return self._promised[worker.worker_id].since(worker.seen_at) + worker.waiting * prompt.num_blocks
+        waiting = worker.waiting * prompt.num_blocks(worker.block_size)
+        return self._promised[worker.worker_id].since(worker.seen_at) + waiting
+
+    def _reserves_late(self, worker: WorkerView, prompt: Prompt) -> bool:
+        num_blocks = prompt.num_blocks(worker.block_size)
+        return reserves_late(num_blocks, worker.blocks_free, self._num_promised(worker, prompt))
 
 
 def link_between(prefill: WorkerView, decode: WorkerView) -> Link:

@@ -40,14 +40,12 @@ class GenerateCall:
 
     Attributes:
         request_id: the client's, or a new one.
-        client_chose_id: then the request can be repeated and resumed under it.
         model: never empty.
         resume_after_seq: None unless the client reconnects.
         body_digest: SHA-256 in hexadecimal of all but request_id and resume_after_seq; equal for equal requests.
     """
 
     request_id: str
-    client_chose_id: bool
     model: str
     prompt: Prompt
     sampling: SamplingParams
@@ -88,7 +86,6 @@ def parse_generate(
     violations.raise_if_any()
     return GenerateCall(
         request_id=proto.request_id or uuid.uuid4().hex,
-        client_chose_id=bool(proto.request_id),
         model=model,
         prompt=prompt,
         sampling=wire.sampling_params_from_proto(proto.sampling),

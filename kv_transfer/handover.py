@@ -29,17 +29,13 @@ class Handover:
     Belongs to one event loop; not thread-safe.
 
     Attributes:
-        granted_at: when the blocks were reserved.
-        completed_at: when the prompt was done; None before. On the same clock as `granted_at`.
+        completed_at: when the prompt was done, as `complete` was told; None before.
     """
 
-    def __init__(
-        self, request_id: str, block_ids: tuple[int, ...], generations: tuple[int, ...], granted_at: float
-    ) -> None:
+    def __init__(self, request_id: str, block_ids: tuple[int, ...], generations: tuple[int, ...]) -> None:
         self.request_id = request_id
         self.block_ids = block_ids
         self.generations = generations
-        self.granted_at = granted_at
         self.completed_at: float | None = None
         self._num_final_blocks = 0
         self._first_token_id: int | None = None

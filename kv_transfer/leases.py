@@ -82,7 +82,7 @@ class LeaseTable:
             raise Unavailable("this worker has not registered yet", reason="NOT_REGISTERED")
         if request_id in self._leases:
             raise AlreadyExists(f"blocks are held for request {request_id} already")
-        handover = Handover(request_id, block_ids, generations, granted_at=now)
+        handover = Handover(request_id, block_ids, generations)
         self._leases[request_id] = _Lease(handover, owner, renewed_at=now)
         expires = int((now + max(TICKET_SECONDS, self._lease_seconds)) * 1000)
         return handover, Ticket(request_id, self.worker_id, self.epoch, block_ids, generations, expires)

@@ -40,7 +40,7 @@ class NixlTimedOut(NixlFailed):
 def nixl_problem() -> str | None:
     """Why this process has no NIXL; None if it is installed."""
     if importlib.util.find_spec("nixl") is None:
-        return "nixl is not installed here (pip install kvrelay[nixl])"
+        return "nixl is not installed here (pip install nixl)"
     return None
 
 

@@ -18,7 +18,7 @@ __all__ = ["Senders"]
 class Senders:
     """By the names of the transports that this worker's pool can use.
 
-    A NIXL agent has threads and takes half a second to start, so there is none before a decode worker wants it.
+    A NIXL agent has threads and takes its time to start, so there is none before a decode worker wants it.
     """
 
     def __init__(self, cache: KvCache) -> None:

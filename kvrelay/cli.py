@@ -5,9 +5,9 @@ import asyncio
 import contextlib
 import difflib
 import os
-import socket
 import sys
 from collections.abc import Callable, Coroutine, Iterable, Sequence
+from dataclasses import fields
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,16 +18,23 @@ from kvrelay.engine.checkpoint import check_checkpoint, resolve_checkpoint
 from kvrelay.errors import ConfigurationError, KvrelayError
 from kvrelay.lifetime import StopRequest, start_logging
 from kvrelay.request import WorkerRole
-from kvrelay.settings import ClusterSettings, Settings
+from kvrelay.settings import ClusterSettings, EngineSettings, Settings
 
 if TYPE_CHECKING:
     from kvrelay.worker import Part, Resources
 
 __all__ = ["main"]
 
+Run = Callable[[argparse.Namespace], int]
+
 FAILED, BAD_CONFIGURATION, INTERRUPTED = 1, 2, 130
-_UP_GROUPS = ("cluster", "gateway", "worker", "engine", "transfer")
 _WORKER_GROUPS = ("cluster", "worker", "engine", "transfer")
+# What a command does not look at is no flag of it. A file or the environment may name it all the same, for others.
+_COUNTS = {"prefill", "decode"}
+_OF_ONE_WORKER = {"worker_id", "worker_port", "advertise_port"}
+_OF_DECODE = {"itl_limit", "transport", "require_transport", "checksum"}
+_NOT_OF_GATEWAY = {field.name for field in fields(EngineSettings)} - {"model", "served_model_name", "context_length"}
+_NOT_OF_GATEWAY |= {"worker_port", "advertise_port", "stuck_seconds"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,15 +74,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kvrelay", description="A gRPC service for language models.")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def add(name: str, help: str, run: Callable[[argparse.Namespace], int], groups: Sequence[str]) -> None:
+    def add(name: str, help: str, run: Run, groups: Iterable[str], leave_out: Iterable[str]) -> None:
         command = subparsers.add_parser(name, help=help, description=help, allow_abbrev=False)
-        config.add_flags(command, groups)
+        config.add_flags(command, groups, leave_out=leave_out)
         command.set_defaults(run=run)
 
-    add("up", "start a cluster on this machine: Redis, a gateway and workers", _up, _UP_GROUPS)
-    add("gateway", "run one gateway", _gateway, ("cluster", "gateway", "worker", "engine"))
-    add("prefill", "run one prefill worker", _prefill, _WORKER_GROUPS)
-    add("decode", "run one decode worker", _decode, _WORKER_GROUPS)
+    everything = (group.name for group in fields(Settings))
+    add("up", "start a cluster on this machine: Redis, a gateway and workers", _up, everything, _OF_ONE_WORKER)
+    of_gateway = ("cluster", "gateway", "worker", "engine")
+    add("gateway", "run one gateway", _gateway, of_gateway, _COUNTS | _NOT_OF_GATEWAY)
+    add("prefill", "run one prefill worker", _prefill, _WORKER_GROUPS, _COUNTS | _OF_DECODE)
+    add("decode", "run one decode worker", _decode, _WORKER_GROUPS, _COUNTS)
     commands.add_to(subparsers)
     return parser
 
@@ -169,7 +178,7 @@ def _cluster_key(settings: Settings) -> bytes:
 
 
 def _serve(service: str, settings: Settings, running: Coroutine[Any, Any, int]) -> int:
-    telemetry.configure(f"kvrelay-{service}", settings.worker.worker_id or f"{socket.gethostname()}-{os.getpid()}")
+    telemetry.configure(f"kvrelay-{service}", settings.worker.id_of(service))
     try:
         return asyncio.run(running)
     finally:

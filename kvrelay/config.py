@@ -18,10 +18,11 @@ from typing import Any
 from kvrelay.errors import ConfigurationError
 from kvrelay.settings import Settings
 
-__all__ = ["add_flags", "dump_toml", "load"]
+__all__ = ["add_flags", "dump_toml", "load", "without_settings"]
 
 ENVIRONMENT_PREFIX = "KVRELAY_"
-NOT_SETTINGS = {"KVRELAY_TARGET", "KVRELAY_CONFIG", "KVRELAY_FAILPOINTS"}
+NO_SETTINGS = {"KVRELAY_TARGET", "KVRELAY_FAILPOINTS"}
+NOT_PARSED = NO_SETTINGS | {"KVRELAY_CONFIG"}
 
 
 def add_flags(parser: argparse.ArgumentParser, groups: Iterable[str], *, leave_out: Iterable[str] = ()) -> None:
@@ -60,7 +61,7 @@ def load(flags: Mapping[str, Any], environment: Mapping[str, str] | None = None)
     path = flags.get("config") or environment.get("KVRELAY_CONFIG")
     values = _from_file(Path(path)) if path else {}
     for name, text in environment.items():
-        if name.startswith(ENVIRONMENT_PREFIX) and name not in NOT_SETTINGS:
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in NOT_PARSED:
             key = name.removeprefix(ENVIRONMENT_PREFIX).lower()
             if key not in _SPECS:
                 raise ConfigurationError(f"{name}: unknown variable{_nearest(key, _SPECS, _variable)}")
@@ -74,6 +75,15 @@ def load(flags: Mapping[str, Any], environment: Mapping[str, str] | None = None)
             for group in dataclasses.fields(Settings)
         }
     )
+
+
+def without_settings(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a process whose file of settings is complete: whatever would beat the file is missing."""
+    return {
+        name: text
+        for name, text in environment.items()
+        if not name.startswith(ENVIRONMENT_PREFIX) or name in NO_SETTINGS
+    }
 
 
 def dump_toml(settings: Settings) -> str:

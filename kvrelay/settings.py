@@ -1,5 +1,6 @@
 """What can be set, and to what by default: frozen groups of settings. `kvrelay.config` reads them."""
 
+import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -114,13 +115,17 @@ class WorkerSettings:
     )
     drain_seconds: float = setting(30.0, "how long running requests may take to finish after SIGTERM", minimum=0)
 
+    def id_of(self, service: str) -> str:
+        """The name of this process, which is a gateway, a prefill or a decode worker."""
+        return self.worker_id or f"{service}-{socket.gethostname()}-{os.getpid()}"
+
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
     """The model and the batching loop."""
 
     model: str = setting(DEMO_MODEL, "checkpoint folder, Hugging Face hub name, or demo for the model shipped")
-    served_model_name: str = setting("", "name of the model in the API; empty means the checkpoint's")
+    served_model_name: str = setting("", "name of the model in the API; empty: the folder's own, else as in --model")
     device: str = setting("auto", "torch device; auto takes a GPU if there is one")
     dtype: str = setting(
         "auto",

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from kvrelay.control.registration import Registration
 from kvrelay.control.registry import LinkRecord, ModelInfo, ShmOffer, WorkerLoad, WorkerRecord
 from kvrelay.engine.async_engine import AsyncEngine
 from kvrelay.engine.block_pool import BlockBooks, BlockPool
-from kvrelay.engine.checkpoint import check_checkpoint, resolve_checkpoint
+from kvrelay.engine.checkpoint import check_checkpoint, model_name, resolve_checkpoint
 from kvrelay.engine.engine import Engine
 from kvrelay.engine.limits import Limits
 from kvrelay.engine.runner import ModelRunner
@@ -106,7 +105,7 @@ async def run_worker(
     engine = AsyncEngine(Engine(_scheduler(role, runner, settings), runner))
     lease_seconds, interval = settings.cluster.lease_seconds, settings.cluster.heartbeat_seconds
     directory = WorkerDirectory(redis, cluster_key, lease_seconds=lease_seconds, interval=interval)
-    worker_id = settings.worker.worker_id or f"{role.value}-{socket.gethostname()}-{os.getpid()}"
+    worker_id = settings.worker.id_of(role.value)
     part = build(Resources(worker_id, settings, cluster_key, engine, runner, directory))
     worker = _Worker(worker_id, role, settings, runner, engine, part)
     async with contextlib.AsyncExitStack() as cleanup:
@@ -128,7 +127,7 @@ async def run_worker(
             interval=interval,
         )
         worker.register_at(settings.worker.advertise_port or port)
-        worker.begin(await registration.start(worker.record(path.resolve().name)))
+        worker.begin(await registration.start(worker.record()))
         cleanup.push_async_callback(registration.withdraw)
         cleanup.push_async_callback(part.stop)
         settle()
@@ -223,7 +222,7 @@ class _Worker(worker_pb2_grpc.WorkerServiceServicer):
     def register_at(self, port: int) -> None:
         self.address = self._settings.cluster.address(port)
 
-    def record(self, model_name: str) -> WorkerRecord:
+    def record(self) -> WorkerRecord:
         runner = self._runner
         return WorkerRecord(
             worker_id=self.worker_id,
@@ -231,16 +230,17 @@ class _Worker(worker_pb2_grpc.WorkerServiceServicer):
             address=self.address,
             pid=os.getpid(),
             model=ModelInfo(
-                id=self._settings.engine.served_model_name or model_name,
+                id=model_name(self._settings.engine),
                 architecture=runner.spec.architecture,
                 context_length=runner.context_length,
                 vocab_size=runner.spec.vocab_size,
                 block_size=runner.layout.block_size,
-                layout_digest=runner.layout.digest,
                 model_digest=runner.layout.model_digest.hex(),
                 block_bytes=runner.layout.block_bytes,
             ),
             shm=self._part.shared_memory(),
+            max_batched_tokens=self._settings.engine.max_batched_tokens,
+            itl_limit=self._settings.engine.itl_limit,
         )
 
     def load(self) -> WorkerLoad:

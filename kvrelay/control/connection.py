@@ -28,8 +28,10 @@ __all__ = ["connect", "redacted", "redis_errors_as_unavailable"]
 
 _LOGGER = logging.getLogger(__name__)
 
+MAX_CONNECTIONS = 16
 
-async def connect(url: str, *, timeout: float = 1.0, max_connections: int = 16) -> Redis:
+
+async def connect(url: str, *, timeout: float = 1.0) -> Redis:
     """A client whose server answers, takes writes and runs scripts.
 
     Texts are decoded; bytes that are no UTF-8 come as surrogates, so that foreign data fails a check, not the decoder.
@@ -41,7 +43,7 @@ async def connect(url: str, *, timeout: float = 1.0, max_connections: int = 16) 
     Raises:
         ConfigurationError: nobody answers, the credentials are refused, or the server takes no writes.
     """
-    client = _client(url, timeout, max_connections)
+    client = _client(url, timeout)
     async with contextlib.AsyncExitStack() as unless_usable:
         unless_usable.push_async_callback(client.aclose)
         try:
@@ -74,11 +76,11 @@ def redacted(url: str) -> str:
     return re.sub(r"([?&]password=)[^&]*", r"\1***", url)
 
 
-def _client(url: str, timeout: float, max_connections: int) -> Redis:
+def _client(url: str, timeout: float) -> Redis:
     try:
         pool = BlockingConnectionPool.from_url(
             url,
-            max_connections=max_connections,
+            max_connections=MAX_CONNECTIONS,
             timeout=timeout,
             socket_timeout=timeout,
             socket_connect_timeout=timeout,

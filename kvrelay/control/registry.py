@@ -44,7 +44,6 @@ class ModelInfo:
     Attributes:
         context_length: tokens that prompt and completion may have together.
         block_size: tokens in a KV block.
-        layout_digest: hex digest of the KV layout; equal ones can exchange blocks.
         model_digest: hex digest of the checkpoint.
         block_bytes: bytes of a KV block; 0 if unknown.
     """
@@ -54,13 +53,14 @@ class ModelInfo:
     context_length: int
     vocab_size: int
     block_size: int
-    layout_digest: str
     model_digest: str
     block_bytes: int = 0
 
     def __post_init__(self) -> None:
-        _require_counts(self, "context_length", "vocab_size", "block_size", "block_bytes")
-        _require_hex(self, "layout_digest", "model_digest")
+        _require_counts(self, "context_length", "vocab_size", "block_bytes")
+        if self.block_size < 1:
+            raise ValueError("block_size: not positive")
+        _require_hex(self, "model_digest")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +93,9 @@ class WorkerRecord:
         address: host:port of its gRPC server.
         epoch: given by `Registration.start`; a later start of the same worker id has a higher one.
         shm: None where the pool is not in shared memory.
+        max_batched_tokens: that one step computes, which is a chunk of a longer prompt. An older worker does not tell
+            this, nor its limit, and is taken to have the usual.
+        itl_limit: seconds for which prompt tokens may hold up a step in which others decode; 0 is no limit.
     """
 
     worker_id: str
@@ -102,12 +105,16 @@ class WorkerRecord:
     model: ModelInfo
     shm: ShmOffer | None = None
     epoch: int = 0
+    max_batched_tokens: int = 512
+    itl_limit: float = 0.1
 
     def __post_init__(self) -> None:
         _require_identity(self.worker_id, self.address)
-        _require_counts(self, "pid", "epoch")
+        _require_counts(self, "pid", "epoch", "max_batched_tokens")
         if self.role is WorkerRole.UNSPECIFIED:
             raise ValueError("role: unspecified")
+        if not self.itl_limit >= 0:
+            raise ValueError("itl_limit: negative or not a number")
 
     @property
     def member(self) -> str:

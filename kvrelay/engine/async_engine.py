@@ -28,8 +28,8 @@ class AsyncEngine:
         on_step: called on the event loop after the listeners have had all events of a step.
     """
 
-    def __init__(self, engine: Engine, on_step: Callable[[], None] = lambda: None) -> None:
-        self.on_step = on_step
+    def __init__(self, engine: Engine) -> None:
+        self.on_step: Callable[[], None] = lambda: None
         self._engine_loop = EngineLoop(engine, self._deliver)
         self._pool = engine.scheduler.pool
         self._listeners: dict[str, Listener] = {}

@@ -28,7 +28,6 @@ class Batch:
             padding.
         block_tables: `[B, W]`, int32: the sequences' blocks, 0 where there is none.
         num_decodes: so many chunks at the beginning have one token each.
-        max_query_length: tokens of the longest chunk.
         max_context_length: the largest of `context_lengths`, or more.
     """
 
@@ -38,7 +37,6 @@ class Batch:
     context_lengths: torch.Tensor
     block_tables: torch.Tensor
     num_decodes: int
-    max_query_length: int
     max_context_length: int
 
     @property
@@ -111,7 +109,6 @@ def make_input(chunks: Sequence[Chunk], cache: KvCache) -> StepInput:
         context_lengths=ends_sent,
         block_tables=tables_sent,
         num_decodes=int(longer[0]) if len(longer) else len(chunks),
-        max_query_length=int(lengths.max()),
         max_context_length=int(ends.max()),
     )
     return StepInput(batch, *tokens)

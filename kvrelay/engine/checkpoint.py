@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from kvrelay.errors import ConfigurationError
-from kvrelay.settings import DEMO_MODEL
+from kvrelay.settings import DEMO_MODEL, EngineSettings
 
-__all__ = ["check_checkpoint", "model_digest", "read_json", "resolve_checkpoint", "weight_files"]
+__all__ = ["check_checkpoint", "model_digest", "model_name", "read_json", "resolve_checkpoint", "weight_files"]
 
 _DEMO_FOLDER = Path(__file__).parent.parent / "demo_model"
 _HUB_FILES = ("*.json", "*.jinja", "*.safetensors", "tokenizer*", "*.model", "*.txt")
@@ -37,6 +38,18 @@ def resolve_checkpoint(name: str) -> Path:
     if name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
         raise ConfigurationError(f"model {name}: no such folder")
     return _download(name)
+
+
+def model_name(engine: EngineSettings) -> str:
+    """What the API calls the model: as was set, else a folder by its name, else as `model` has it.
+
+    Never by the folder of a download, whose name is that of a commit.
+    """
+    if engine.served_model_name:
+        return engine.served_model_name
+    folder = Path(engine.model).expanduser()
+    # Not resolved: a link to a folder has been given a name, too.
+    return Path(os.path.abspath(folder)).name if engine.model != DEMO_MODEL and folder.is_dir() else engine.model
 
 
 def _download(name: str) -> Path:

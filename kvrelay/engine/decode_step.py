@@ -92,6 +92,5 @@ class DecodeStep:
             context_lengths=rows.context_lengths,
             block_tables=rows.block_tables,
             num_decodes=num_rows,
-            max_query_length=1,
             max_context_length=self._context_length,
         )

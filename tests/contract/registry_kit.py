@@ -18,7 +18,7 @@ from kvrelay.request import WorkerRole, WorkerState
 from tests.patience import SOON
 
 KEY = b"the cluster's key"
-MODEL = ModelInfo("demo", "LlamaForCausalLM", 2048, 4096, 16, "ab12", "cd34")
+MODEL = ModelInfo("demo", "LlamaForCausalLM", 2048, 4096, 16, "cd34")
 SHM = ShmOffer("host", pid=17, fd=5, size=4096, nonce="00ff")
 WORKER = WorkerRecord("w1", WorkerRole.PREFILL, "127.0.0.1:7001", pid=17, model=MODEL, shm=SHM)
 LOAD = WorkerLoad(WorkerState.READY, running=1, waiting=2, blocks_total=64, blocks_free=32, waiting_tokens=100)

@@ -22,6 +22,7 @@ from kvrelay.control.registry import (
     Lease,
     LinkRecord,
     WorkerLoad,
+    WorkerRecord,
     open_lease,
     seal_lease,
 )
@@ -197,6 +198,18 @@ def test_a_lease_of_an_older_worker_has_no_links() -> None:
     body = json.loads(seal_lease(Lease(WORKER, 1, LOAD), KEY).partition(".")[2])
     del body["load"]["links"]
     assert from_json(WorkerLoad, body["load"]) == LOAD
+
+
+def test_a_lease_of_an_older_worker_says_nothing_of_its_steps() -> None:
+    body = json.loads(seal_lease(Lease(WORKER, 1, LOAD), KEY).partition(".")[2])
+    del body["record"]["max_batched_tokens"], body["record"]["itl_limit"]
+    assert from_json(WorkerRecord, body["record"]) == WORKER
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.25, float("inf")])
+def test_a_record_says_what_a_step_is_limited_to(limit: float) -> None:
+    record = replace(WORKER, max_batched_tokens=64, itl_limit=limit)
+    assert open_lease("worker:w1", seal_lease(Lease(record, 1, LOAD), KEY), KEY).record == record
 
 
 async def test_on_change_tells_of_state_and_epoch_not_of_load(redis: Redis, directory: WorkerDirectory) -> None:

@@ -6,13 +6,14 @@ from dataclasses import replace
 import pytest
 from redis.asyncio import Redis
 from redis_kit import until
-from registry_kit import BEAT, KEY, LOAD, WORKER, until_gone
+from registry_kit import BEAT, KEY, LOAD, MODEL, WORKER, until_gone
 
 from kvrelay.control.directory import WorkerDirectory
 from kvrelay.control.registration import Registration
 from kvrelay.control.registry import (
     Lease,
     LinkRecord,
+    ModelInfo,
     WorkerLoad,
     WorkerRecord,
     seal_lease,
@@ -97,6 +98,12 @@ async def test_malformed_records_are_refused(redis: Redis, directory: WorkerDire
         replace_unchecked(WORKER, address="nowhere"),
         replace_unchecked(WORKER, model=None),
         replace_unchecked(WORKER, shm=17),
+        replace_unchecked(WORKER, max_batched_tokens=-1),
+        replace_unchecked(WORKER, max_batched_tokens=16.0),
+        replace_unchecked(WORKER, itl_limit=-0.1),
+        replace_unchecked(WORKER, itl_limit=float("nan")),
+        replace_unchecked(WORKER, itl_limit="0.1"),
+        replace_unchecked(WORKER, model=_spoiled_model(block_size=0)),
     ]
     for record, load in [
         *((record, LOAD) for record in bad),
@@ -122,6 +129,13 @@ def _spoiled_link(**fields: object) -> LinkRecord:
     for name, value in fields.items():
         object.__setattr__(link, name, value)
     return link
+
+
+def _spoiled_model(**fields: object) -> ModelInfo:
+    model = replace(MODEL)
+    for name, value in fields.items():
+        object.__setattr__(model, name, value)
+    return model
 
 
 BAD_LOADS = [

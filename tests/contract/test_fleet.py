@@ -17,7 +17,7 @@ from kvrelay.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
 from tests.contract.redis_kit import until
 from tests.patience import SOON
 
-MODEL = ModelInfo("model", "Llama", 64, 512, 16, "ab", "cd")
+MODEL = ModelInfo("model", "Llama", 64, 512, 16, "cd")
 NUM_TOKENS = 3
 
 

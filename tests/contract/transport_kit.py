@@ -74,8 +74,7 @@ class Prefill:
 
     @property
     def record(self) -> WorkerRecord:
-        digest = self.cache.layout.digest
-        model = ModelInfo("demo", "LlamaForCausalLM", 512, 100, self.cache.layout.block_size, digest, "00")
+        model = ModelInfo("demo", "LlamaForCausalLM", 512, 100, self.cache.layout.block_size, "00")
         address = f"127.0.0.1:{self.port}"
         shm = offer_pool(self.cache)
         return WorkerRecord("prefill-0", WorkerRole.PREFILL, address, os.getpid(), model, shm, EPOCH)

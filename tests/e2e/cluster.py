@@ -8,12 +8,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from kvrelay import Client
 from kvrelay.errors import KvrelayError
 from kvrelay.request import ClusterStatus, WorkerState
+from tests.e2e.processes import clean_environment
 
 __all__ = ["Cluster", "eventually", "free_port", "start_cluster"]
 
@@ -110,11 +111,18 @@ class Cluster:
 
 @contextlib.contextmanager
 def start_cluster(
-    run_dir: Path, model: Path | str, *, prefill: int = 1, decode: int = 1, **settings: object
+    run_dir: Path,
+    model: Path | str,
+    *,
+    prefill: int = 1,
+    decode: int = 1,
+    environment: Mapping[str, str] | None = None,
+    **settings: object,
 ) -> Iterator[Cluster]:
     """Starts a cluster and waits until it is ready; ends all of it, whatever happens.
 
     Args:
+        environment: variables that `up` gets besides this process's own, of which those of kvrelay are left out.
         settings: more settings by their names in `kvrelay.settings`. All prompts go to the prefill workers unless these
             say otherwise, so that every test knows who computes what.
     """
@@ -129,10 +137,10 @@ def start_cluster(
         **settings,
     }
     arguments = [text for name, value in flags.items() for text in _flag(name, value)]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("KVRELAY_")}
+    variables = clean_environment(**(environment or {}))
     with (run_dir.parent / f"{run_dir.name}.up.log").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "kvrelay", "up", *arguments], stdout=log, stderr=log, text=True, env=environment
+            [sys.executable, "-m", "kvrelay", "up", *arguments], stdout=log, stderr=log, text=True, env=variables
         )
     cluster = Cluster(run_dir, port, process, prefill + decode)
     try:

@@ -12,7 +12,7 @@ from redis import Redis
 from kvrelay.cli import main
 from kvrelay.control.private_redis import PrivateRedis
 from kvrelay.engine import kv_cache
-from tests.e2e.cluster import Cluster, eventually, free_port
+from tests.e2e.cluster import Cluster, eventually, free_port, start_cluster
 from tests.e2e.processes import kvrelay
 
 Output = pytest.CaptureFixture[str]
@@ -43,6 +43,9 @@ WRONG_ARGUMENTS = {
     "two prompts": (("generate", "once", "upon"), "'upon': one argument too many"),
     "an unknown command": (("upp",), "invalid choice: 'upp' (choose from 'up'"),
     "an unknown choice": (("up", "--transport", "grcp"), "--transport: 'grcp' is not a choice; did you mean grpc?"),
+    "a flag of `up` at a worker": (("decode", "--prefill", "2"), "--prefill: unknown flag"),
+    "a worker's flag at the gateway": (("gateway", "--device", "cpu"), "--device: unknown flag"),
+    "a worker's flag at `up`": (("up", "--worker-port", "7000"), "--worker-port: unknown flag"),
     "no folder": (("up", "--model", "/no/such/model"), "model /no/such/model: no such folder"),
     "a public address": (("up", "--host", "0.0.0.0"), "--insecure-bind"),
     "a worker alone": (("decode",), "--redis"),
@@ -161,6 +164,15 @@ def test_up_with_an_unsupported_model(tiny_llama: Path, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert str(model) in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_flags_of_up_beat_its_environment_in_its_children_too(tiny_llama: Path, tmp_path: Path) -> None:
+    variables = {"KVRELAY_PORT": str(free_port()), "KVRELAY_SHARED_POOL": "auto"}
+    variables |= {"KVRELAY_WORKER_ID": "worker", "KVRELAY_WORKER_PORT": str(free_port())}
+    with start_cluster(tmp_path / "run", tiny_llama, num_blocks=64, environment=variables) as cluster:
+        status = cluster.status()
+        assert {worker.id for worker in status.workers} == {"prefill-0", "decode-0"}
+        assert [(gateway.address, gateway.id != "worker") for gateway in status.gateways] == [(cluster.target, True)]
 
 
 def test_up_says_what_to_do_next(cluster: Cluster) -> None:

@@ -31,9 +31,10 @@ ARRIVAL_SECONDS = 15.0
 
 @dataclass(frozen=True)
 class Received:
-    """A span and the service that sent it."""
+    """A span, and the service and the process that sent it."""
 
     service: str
+    instance: str
     span: Span
 
     @property
@@ -71,7 +72,8 @@ class Receiver:
             for resource in request.resource_spans:
                 names = {entry.key: entry.value.string_value for entry in resource.resource.attributes}
                 for scope in resource.scope_spans:
-                    self._spans += [Received(names["service.name"], span) for span in scope.spans]
+                    sender = names["service.name"], names["service.instance.id"]
+                    self._spans += [Received(*sender, span) for span in scope.spans]
 
     def take_metrics(self, request: metrics_service_pb2.ExportMetricsServiceRequest) -> None:
         with self._lock:
@@ -156,6 +158,13 @@ def client(traced: Cluster) -> Iterator[Client]:
     traced.wait_whole()
 
 
+def test_a_span_names_its_process_as_the_cluster_does(client: Client, receiver: Receiver) -> None:
+    trace = receiver.trace_of(client.complete("Once", max_tokens=3, ignore_eos=True).request_id)
+    instances = {trace[f"kvrelay.{name}"].instance for name in ("generate", "prefill", "decode")}
+    status = client.status()
+    assert instances == {member.id for member in (*status.gateways, *status.workers)}
+
+
 def test_one_request_is_one_trace_of_three_services(client: Client, receiver: Receiver) -> None:
     result = client.complete("Once upon a time", max_tokens=20, ignore_eos=True)
     trace = receiver.trace_of(result.request_id)
@@ -179,6 +188,7 @@ def test_the_spans_tell_what_the_answer_tells(client: Client, receiver: Receiver
     root, prefill, transfer, decode = (
         trace[f"kvrelay.{name}"].attributes for name in ("generate", "prefill", "transfer", "decode")
     )
+    assert root["gen_ai.request.model"] == "tiny-llama"
     assert root["gen_ai.usage.input_tokens"] == prefill["gen_ai.usage.input_tokens"] == 100
     assert root["gen_ai.usage.output_tokens"] == decode["gen_ai.usage.output_tokens"] == 20
     assert transfer["kvrelay.transfer.blocks"] == 7

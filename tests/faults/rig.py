@@ -256,9 +256,8 @@ def _processes(
         flags = _flags({**shared, "redis": redis, "worker_id": name, **own})
         return Process(name, [name.partition("-")[0], *flags], rig.folder, environment)
 
-    known = {key: settings[WORKERS[0]][key] for key in ("block_size", "max_batched_tokens")}
     for name in GATEWAYS:
-        own = {"port": ports[name], "disaggregation": name.partition("-")[2], **known}
+        own = {"port": ports[name], "disaggregation": name.partition("-")[2]}
         yield process(name, own, rig.spans.environment)
     for name in WORKERS:
         address = {"worker_port": ports[name], "advertise_port": rig.worker_proxies[name].port}

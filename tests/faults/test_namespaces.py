@@ -19,7 +19,12 @@ from tests.faults.process import Process
 PORT = 50051
 PROMPT = "Once upon a time a prefill worker lost its decode worker."
 START_SECONDS, ANSWER_SECONDS, WHOLE_SECONDS = 120, 60, 30
-SETTINGS = ("--block-size=4", "--num-blocks=512", "--threads=1", "--transport=grpc", "--no-prefix-caching")
+SETTINGS = ("--block-size=4", "--num-blocks=512", "--threads=1", "--no-prefix-caching")
+OWN_FLAGS = {
+    "gateway": ("--port", str(PORT), "--disaggregation=always"),
+    "prefill": SETTINGS,
+    "decode": (*SETTINGS, "--transport=grpc"),
+}
 
 # What a partition does is tried by the proxy, too, which anybody may run.
 LACKING = why_no_namespaces()
@@ -34,8 +39,7 @@ class Cluster:
         self.processes = {}
         for name, host in zip(("gateway", "prefill", "decode"), places, strict=True):
             flags = ["--model", str(model), "--redis", redis, "--run-dir", str(folder), "--worker-id", name]
-            flags += ["--host", host.address, "--insecure-bind"]
-            flags += ["--port", str(PORT), "--disaggregation=always"] if name == "gateway" else SETTINGS
+            flags += ["--host", host.address, "--insecure-bind", *OWN_FLAGS[name]]
             self.processes[name] = Process(name, [name, *flags], folder)
 
     def start(self) -> None:

@@ -11,7 +11,7 @@ from opentelemetry import trace
 from gateway.account import Account
 from gateway.completion import Completion
 from gateway.detokenizer import CompletionText
-from gateway.disaggregation import Costs, Disaggregation
+from gateway.disaggregation import Disaggregation
 from gateway.dispatch import Dispatch
 from gateway.fleet import TokenSink
 from gateway.recovery import Recovery
@@ -27,7 +27,7 @@ __all__ = ["MAX_TOKENS", "Act", "DecodeCall", "DecodeWorker", "PrefillWorker", "
 
 PROMPT = (1, 2, 3)
 MAX_TOKENS = 6
-MODEL = ModelInfo("model", "llama", 100, 100, 16, "00", "00")
+MODEL = ModelInfo("model", "llama", 100, 100, 16, "00")
 
 
 def token_at(position: int) -> int:
@@ -169,7 +169,7 @@ class Run:
     async def to_the_end(self) -> FinishReason:
         fleet: Any = Workers(self.workers)
         span: Any = self.span
-        dispatch = Dispatch(fleet, block_size=16, wait_seconds=0.0, costs=Costs(self.mode))
+        dispatch = Dispatch(fleet, wait_seconds=0.0, mode=self.mode)
         request = Request("request", PROMPT, Sampling(max_tokens=MAX_TOKENS))
         serving = Serving(
             request,

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from kvrelay.engine.checkpoint import check_checkpoint, model_digest, resolve_checkpoint, weight_files
+from kvrelay.engine.checkpoint import check_checkpoint, model_digest, model_name, resolve_checkpoint, weight_files
 from kvrelay.errors import ConfigurationError
+from kvrelay.settings import EngineSettings
 
 NUM_WEIGHTS = 300_000  # enough that the file is sampled, not read whole
 
@@ -45,6 +46,16 @@ def test_names_that_are_folders(checkpoint: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(checkpoint.parent)
     assert resolve_checkpoint("model").resolve() == checkpoint
     check_checkpoint(resolve_checkpoint("demo"))
+
+
+def test_the_name_in_the_api(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (checkpoint.parent / "link").symlink_to(checkpoint)
+    monkeypatch.setenv("HOME", str(checkpoint.parent))
+    monkeypatch.chdir(checkpoint)
+    folders = {str(checkpoint): "model", ".": "model", "../model/": "model", "~/model": "model", "../link": "link"}
+    for model, name in {**folders, "demo": "demo", "org/model": "org/model"}.items():
+        assert model_name(EngineSettings(model=model)) == name
+        assert model_name(EngineSettings(model=model, served_model_name="other")) == "other"
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "a/b/c"])

@@ -1,5 +1,6 @@
 import argparse
 import dataclasses
+import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 
 from kvrelay import config
 from kvrelay.errors import ConfigurationError
-from kvrelay.settings import ClusterSettings, EngineSettings, Settings, TransferSettings
+from kvrelay.settings import ClusterSettings, EngineSettings, Settings, TransferSettings, WorkerSettings
 
 GROUPS = [group.name for group in dataclasses.fields(Settings)]
 Write = Callable[[str], Path]
@@ -66,6 +67,12 @@ def test_the_process_environment_is_read_unless_another_is_given(monkeypatch: py
 def test_what_a_command_asks_beside_the_settings_is_passed_over() -> None:
     settings = config.load({"command": "up", "json": True, "block_size": None}, {"KVRELAY_TARGET": "host:1"})
     assert settings == Settings()
+
+
+def test_what_would_beat_a_file_is_not_passed_on() -> None:
+    kept = {"PATH": "/bin", "KVRELAY_TARGET": "host:1", "KVRELAY_FAILPOINTS": "release.before=kill"}
+    settings = {"KVRELAY_PORT": "1", "KVRELAY_CONFIG": "a.toml", "KVRELAY_NO_SUCH": "1"}
+    assert config.without_settings(kept | settings) == kept
 
 
 # Values
@@ -294,6 +301,11 @@ def test_any_text_and_number_is_read_back(tmp_path_factory: pytest.TempPathFacto
 def test_special_characters_are_read_back(write: Write, text: str) -> None:
     settings = Settings(engine=EngineSettings(model=f"a{text}b"))
     assert config.load({"config": str(write(config.dump_toml(settings)))}, {}) == settings
+
+
+def test_the_name_of_a_process() -> None:
+    assert WorkerSettings().id_of("decode") == f"decode-{socket.gethostname()}-{os.getpid()}"
+    assert WorkerSettings(worker_id="decode-7").id_of("decode") == "decode-7"
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ class PaddingKernels(ReferenceKernels):
         padded = batch.context_lengths == 0
         shown = replace(batch, context_lengths=batch.context_lengths.clamp(min=1))
         attended = super().attend(query, cache, layer, shown, scale, softcap)
-        if batch.max_query_length == 1:
+        if batch.num_decodes == batch.num_chunks:
             attended[padded] = float("nan")  # nothing of a row that nobody has may reach another
         return attended
 

@@ -1,12 +1,20 @@
 """What both ways of a prompt cost, and which way the router takes."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.disaggregation import ASSUMED_PREFILL_RATE, Costs, Disaggregation, Link, PromptWork
+from gateway.disaggregation import (
+    ASSUMED_PREFILL_RATE,
+    Disaggregation,
+    Link,
+    PromptWork,
+    seconds_local,
+    seconds_split,
+)
 from gateway.router import Prompt, Route, Router, WorkerView
 from kvrelay.engine.prefix import block_digests, root_digest
 from kvrelay.errors import Unavailable
@@ -16,7 +24,12 @@ BLOCK_SIZE = 16
 RATE = 1000.0
 TOKEN_BYTES = 1000
 LINK = Link(bandwidth=1e6, latency=0.002)
-COSTS = Costs(Disaggregation.AUTO, itl_limit=0.1, chunk_tokens=100)
+CHUNK_TOKENS = 100
+ITL_LIMIT = 0.1
+
+
+def moved(prompt: PromptWork, link: Link, num_tokens: int) -> float:
+    return seconds_split(prompt, link, num_tokens_moved=num_tokens, token_bytes=TOKEN_BYTES, chunk_tokens=CHUNK_TOKENS)
 
 
 def work(uncached: int, queued: int = 0, rate: float = RATE) -> PromptWork:
@@ -36,11 +49,11 @@ def work(uncached: int, queued: int = 0, rate: float = RATE) -> PromptWork:
 def test_a_local_prompt_costs_its_time_and_what_streams_lose(
     prompt: PromptWork, num_running: int, expected: float
 ) -> None:
-    assert COSTS.local(prompt, num_running) == pytest.approx(expected)
+    assert seconds_local(prompt, num_running, ITL_LIMIT) == pytest.approx(expected)
 
 
 def test_without_a_limit_streams_wait_for_all_of_a_local_prompt() -> None:
-    assert replace(COSTS, itl_limit=0.0).local(work(2000), 3) == pytest.approx(2.0 + 3 * 2.0)
+    assert seconds_local(work(2000), 3, itl_limit=0.0) == pytest.approx(2.0 + 3 * 2.0)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +70,7 @@ def test_without_a_limit_streams_wait_for_all_of_a_local_prompt() -> None:
 def test_a_moved_prompt_costs_its_time_the_link_and_the_bytes_that_are_not_hidden(
     prompt: PromptWork, num_moved: int, bandwidth: float, exposed: float
 ) -> None:
-    cost = COSTS.disaggregated(prompt, replace(LINK, bandwidth=bandwidth), num_moved, TOKEN_BYTES)
+    cost = moved(prompt, replace(LINK, bandwidth=bandwidth), num_moved)
     assert cost == pytest.approx(prompt.seconds + LINK.latency + exposed)
 
 
@@ -72,35 +85,42 @@ def test_more_work_never_costs_less(queued: int, uncached: int, more: int, num_r
         work(uncached, queued + more, rate),
     )
     for harder in (larger, later):
-        assert COSTS.local(harder, num_running) >= COSTS.local(least, num_running)
-        assert COSTS.disaggregated(harder, LINK, uncached, TOKEN_BYTES) >= least.seconds + LINK.latency
-    assert COSTS.local(least, num_running + more) >= COSTS.local(least, num_running)
+        assert seconds_local(harder, num_running, ITL_LIMIT) >= seconds_local(least, num_running, ITL_LIMIT)
+        assert moved(harder, LINK, uncached) >= least.seconds + LINK.latency
+    assert seconds_local(least, num_running + more, ITL_LIMIT) >= seconds_local(least, num_running, ITL_LIMIT)
     slower = replace(LINK, bandwidth=LINK.bandwidth / 2)
-    assert COSTS.disaggregated(least, slower, more, TOKEN_BYTES) >= COSTS.disaggregated(least, LINK, more, TOKEN_BYTES)
+    assert moved(least, slower, more) >= moved(least, LINK, more)
 
 
 # The router
 
 
-def prefill(name: str = "p1", waiting_tokens: int = 0, rate: float = RATE) -> WorkerView:
-    return WorkerView(name, WorkerRole.PREFILL, 0, 0, waiting_tokens, 1000, 0.0, prefill_rate=rate)
+OWN_SETTINGS: dict[str, Any] = {"block_size": BLOCK_SIZE, "max_batched_tokens": CHUNK_TOKENS, "itl_limit": ITL_LIMIT}
 
 
-def decode(name: str = "d1", running: int = 0, waiting_tokens: int = 0, blocks_free: int = 1000) -> WorkerView:
+def prefill(name: str = "p1", waiting_tokens: int = 0, rate: float = RATE, **own: Any) -> WorkerView:
+    settings = OWN_SETTINGS | own
+    return WorkerView(name, WorkerRole.PREFILL, 0, 0, waiting_tokens, 1000, 0.0, prefill_rate=rate, **settings)
+
+
+def decode(
+    name: str = "d1", running: int = 0, waiting_tokens: int = 0, blocks_free: int = 1000, **own: Any
+) -> WorkerView:
+    settings = OWN_SETTINGS | own
     return WorkerView(
-        name, WorkerRole.DECODE, running, 0, waiting_tokens, blocks_free, 0.0, prefill_rate=RATE, block_bytes=16_000
+        *(name, WorkerRole.DECODE, running, 0, waiting_tokens, blocks_free, 0.0),
+        prefill_rate=RATE,
+        block_bytes=16_000,
+        **settings,
     )
-
-
-def router(mode: Disaggregation) -> Router:
-    return Router(BLOCK_SIZE, costs=replace(COSTS, mode=mode))
 
 
 def choose(
     chooser: Router, workers: list[WorkerView], num_tokens: int = 64, first: int = 0, name: str = "request"
 ) -> Route:
-    digests = block_digests(root_digest(b"model", ""), range(first, first + num_tokens), BLOCK_SIZE)
-    prompt = Prompt(num_tokens, digests, num_blocks=-(-num_tokens // BLOCK_SIZE))
+    root, token_ids = root_digest(b"model", ""), range(first, first + num_tokens)
+    sizes = {worker.block_size for worker in workers}
+    prompt = Prompt(num_tokens, {size: block_digests(root, token_ids, size) for size in sizes})
     return chooser.choose(name, prompt, workers, now=1.0)
 
 
@@ -119,11 +139,11 @@ def choose(
     ],
 )
 def test_auto_takes_what_costs_less(workers: list[WorkerView], num_tokens: int, prefill_id: str | None) -> None:
-    assert choose(router(Disaggregation.AUTO), workers, num_tokens).prefill_id == prefill_id
+    assert choose(Router(Disaggregation.AUTO), workers, num_tokens).prefill_id == prefill_id
 
 
 def test_a_prompt_that_the_decode_worker_has_cached_stays_there() -> None:
-    chooser, workers = router(Disaggregation.AUTO), [prefill(waiting_tokens=500), decode(running=8)]
+    chooser, workers = Router(Disaggregation.AUTO), [prefill(waiting_tokens=500), decode(running=8)]
     first = choose(chooser, workers, 2000)
     assert first.prefill_id == "p1"
     chooser.finished("request")
@@ -136,11 +156,26 @@ def test_the_measured_link_decides_between_both_ways() -> None:
     busy = replace(decode(running=8), block_bytes=1 << 20)
     for link, prefill_id in ((Link(1e10, 0.001), "p1"), (Link(1e6, 0.001), None), (Link(1e10, 60.0), None)):
         workers = [prefill(), replace(busy, links={"p1": link})]
-        assert choose(router(Disaggregation.AUTO), workers, 2000).prefill_id == prefill_id
+        assert choose(Router(Disaggregation.AUTO), workers, 2000).prefill_id == prefill_id
+
+
+def test_each_prefill_worker_is_judged_by_its_own_chunks() -> None:
+    """What is computed last is moved last, so that large chunks leave more of a transfer to wait for."""
+    for chunk_tokens, prefill_id in ((100, "p1"), (2000, None)):
+        workers = [prefill(max_batched_tokens=chunk_tokens), decode(running=8, links={"p1": LINK})]
+        assert choose(Router(Disaggregation.AUTO), workers, 2000).prefill_id == prefill_id
+
+
+def test_each_decode_worker_is_judged_by_its_own_limit() -> None:
+    for limit, prefill_id in ((0.1, "p1"), (0.01, None), (0.0, "p1")):
+        workers = [prefill(), decode(running=8, itl_limit=limit, links={"p1": LINK})]
+        assert choose(Router(Disaggregation.AUTO), workers, 2000).prefill_id == prefill_id
+    workers = [decode("d1", running=4, itl_limit=0.0), decode("d2", running=4, itl_limit=0.01)]
+    assert choose(Router(Disaggregation.NEVER), workers, 2000).decode_id == "d2"
 
 
 def test_local_prompts_count_where_they_are_computed() -> None:
-    chooser, workers = router(Disaggregation.NEVER), [decode("d1"), decode("d2")]
+    chooser, workers = Router(Disaggregation.NEVER), [decode("d1"), decode("d2")]
     assert [choose(chooser, workers, 64, i * 100, f"r{i}").decode_id for i in range(4)] == ["d1", "d2", "d1", "d2"]
     chooser.prefill_done("r1")
     chooser.finished("r3")
@@ -148,24 +183,24 @@ def test_local_prompts_count_where_they_are_computed() -> None:
 
 
 def test_never_leaves_prefill_workers_alone_and_needs_none() -> None:
-    chooser = router(Disaggregation.NEVER)
+    chooser = Router(Disaggregation.NEVER)
     assert choose(chooser, [prefill(rate=1e9), decode(running=60)], 2000) == Route(None, "d1", 2000)
     assert choose(chooser, [decode()]).computed_on == "d1"
 
 
 def test_never_prefers_a_decode_worker_with_room() -> None:
     workers = [decode("d1", blocks_free=3), decode("d2", running=5)]
-    assert choose(router(Disaggregation.NEVER), workers, 64).decode_id == "d2"
+    assert choose(Router(Disaggregation.NEVER), workers, 64).decode_id == "d2"
 
 
 def test_auto_does_without_prefill_workers_and_always_does_not() -> None:
-    assert choose(router(Disaggregation.AUTO), [decode(running=60)], 2000).prefill_id is None
+    assert choose(Router(Disaggregation.AUTO), [decode(running=60)], 2000).prefill_id is None
     with pytest.raises(Unavailable) as caught:
-        choose(router(Disaggregation.ALWAYS), [decode()])
+        choose(Router(Disaggregation.ALWAYS), [decode()])
     assert caught.value.metadata == {"stage": "prefill"}
     for mode in Disaggregation:
         with pytest.raises(Unavailable) as caught:
-            choose(router(mode), [prefill()])
+            choose(Router(mode), [prefill()])
         assert caught.value.metadata == {"stage": "decode"}
 
 
@@ -177,7 +212,7 @@ def test_what_serving_needs_follows_from_the_mode() -> None:
 def test_a_worker_without_experience_is_taken_to_be_as_fast_as_the_fastest() -> None:
     unknown = replace(decode(), prefill_rate=0.0)
     for decoding, prefill_id in ((unknown, None), (decode(), "p1")):
-        route = choose(router(Disaggregation.AUTO), [prefill(rate=1e5), decoding], 2000)
+        route = choose(Router(Disaggregation.AUTO), [prefill(rate=1e5), decoding], 2000)
         assert route.prefill_id == prefill_id
 
 
@@ -189,7 +224,7 @@ def test_when_all_requests_have_left_nothing_is_counted_any_more(
     mode: Disaggregation, requests: list[tuple[int, str]]
 ) -> None:
     workers = [prefill("p1"), prefill("p2"), decode("d1", running=2), decode("d2", running=2)]
-    used, unused = router(mode), router(mode)
+    used, unused = Router(mode), Router(mode)
     for index, (num_tokens, news) in enumerate(requests):
         choose(used, workers, num_tokens, index * 10_000, f"r{index}")
         if news != "nothing":

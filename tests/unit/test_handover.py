@@ -11,7 +11,7 @@ from tests.patience import SOON
 
 @pytest.fixture
 def handover() -> Handover:
-    return Handover("r1", (4, 5, 6, 7), (1, 1, 1, 1), granted_at=10.0)
+    return Handover("r1", (4, 5, 6, 7), (1, 1, 1, 1))
 
 
 def test_final_blocks_never_shrink(handover: Handover) -> None:

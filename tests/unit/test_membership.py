@@ -6,7 +6,7 @@ from kvrelay.control.membership import Membership
 from kvrelay.control.registry import GatewayRecord, Lease, ModelInfo, WorkerLoad, WorkerRecord
 from kvrelay.request import WorkerRole, WorkerState
 
-MODEL = ModelInfo("demo", "LlamaForCausalLM", 2048, 4096, 16, "ab", "cd")
+MODEL = ModelInfo("demo", "LlamaForCausalLM", 2048, 4096, 16, "cd")
 WORKER = WorkerRecord("w", WorkerRole.DECODE, "127.0.0.1:1", pid=1, model=MODEL, epoch=10)
 LOAD = WorkerLoad(WorkerState.READY, 0, 0, 8, 8, 0)
 GATEWAY = GatewayRecord("g", "127.0.0.1:2", pid=2, epoch=10)

@@ -45,10 +45,10 @@ def test_more_need_or_less_room_never_makes_it_early(need: int, free: int, promi
 
 
 def late_for(num_tokens: int, blocks_free: int, waiting: int = 0, sent_before: int = 0, seen_at: float = 0.0) -> bool:
-    router, prompt = Router(block_size=16), Prompt(num_tokens, [], num_blocks=-(-num_tokens // 16))
+    router, prompt = Router(), Prompt(num_tokens, {16: []})
     workers = [
-        WorkerView("p", WorkerRole.PREFILL, 0, 0, 0, 100, seen_at),
-        WorkerView("d", WorkerRole.DECODE, 0, waiting, 0, blocks_free, seen_at),
+        WorkerView("p", WorkerRole.PREFILL, 0, 0, 0, 100, seen_at, 16, 512, 0.1),
+        WorkerView("d", WorkerRole.DECODE, 0, waiting, 0, blocks_free, seen_at, 16, 512, 0.1),
     ]
     for index in range(sent_before):
         router.choose(f"r{index}", prompt, workers, now=1.0)

@@ -13,24 +13,26 @@ BLOCK_SIZE = 16
 ROOT = root_digest(b"model", "")
 
 
-def prefill(name: str, waiting_tokens: int = 0, seen_at: float = 0.0) -> WorkerView:
-    return WorkerView(name, WorkerRole.PREFILL, 0, 0, waiting_tokens, 100, seen_at)
+def prefill(name: str, waiting_tokens: int = 0, seen_at: float = 0.0, block_size: int = BLOCK_SIZE) -> WorkerView:
+    return WorkerView(name, WorkerRole.PREFILL, 0, 0, waiting_tokens, 100, seen_at, block_size, 512, 0.1)
 
 
-def decode(name: str, running: int = 0, blocks_free: int = 100, waiting: int = 0) -> WorkerView:
-    return WorkerView(name, WorkerRole.DECODE, running, waiting, 0, blocks_free, 0.0)
+def decode(
+    name: str, running: int = 0, blocks_free: int = 100, waiting: int = 0, block_size: int = BLOCK_SIZE
+) -> WorkerView:
+    return WorkerView(name, WorkerRole.DECODE, running, waiting, 0, blocks_free, 0.0, block_size, 512, 0.1)
 
 
 WORKERS = [prefill("p1"), prefill("p2"), decode("d1"), decode("d2")]
 
 
 def prompt(num_tokens: int, first: int = 0, root: bytes = ROOT) -> Prompt:
-    digests = block_digests(root, range(first, first + num_tokens), BLOCK_SIZE)
-    return Prompt(num_tokens, digests, num_blocks=-(-num_tokens // BLOCK_SIZE))
+    token_ids = range(first, first + num_tokens)
+    return Prompt(num_tokens, {size: block_digests(root, token_ids, size) for size in (BLOCK_SIZE, 2 * BLOCK_SIZE)})
 
 
 def test_an_idle_cluster_is_used_evenly() -> None:
-    router = Router(BLOCK_SIZE)
+    router = Router()
     routes = [router.choose(f"r{index}", prompt(64, index * 1000), WORKERS, now=1.0) for index in range(4)]
     assert [route.prefill_id for route in routes] == ["p1", "p2", "p1", "p2"]
     assert [route.decode_id for route in routes] == ["d1", "d2", "d1", "d2"]
@@ -38,17 +40,17 @@ def test_an_idle_cluster_is_used_evenly() -> None:
 
 def test_the_order_of_the_workers_does_not_matter() -> None:
     for workers in (WORKERS, WORKERS[::-1]):
-        route = Router(BLOCK_SIZE).choose("r", prompt(64), workers, now=1.0)
+        route = Router().choose("r", prompt(64), workers, now=1.0)
         assert (route.prefill_id, route.decode_id) == ("p1", "d1")
 
 
 def test_prefill_goes_where_fewer_tokens_wait() -> None:
     workers = [prefill("p1", waiting_tokens=500), prefill("p2", waiting_tokens=400), decode("d1")]
-    assert Router(BLOCK_SIZE).choose("r", prompt(64), workers, now=1.0).prefill_id == "p2"
+    assert Router().choose("r", prompt(64), workers, now=1.0).prefill_id == "p2"
 
 
 def test_a_cached_prefix_is_worth_its_tokens() -> None:
-    router = Router(BLOCK_SIZE)
+    router = Router()
     assert router.choose("first", prompt(64), WORKERS, now=1.0).prefill_id == "p1"
     router.finished("first")
     longer = prompt(100)
@@ -59,21 +61,42 @@ def test_a_cached_prefix_is_worth_its_tokens() -> None:
     assert (route.prefill_id, route.num_uncached_tokens) == ("p2", 100)
 
 
+def test_each_worker_is_judged_by_its_own_block_size() -> None:
+    """Two workers of 80 tokens' prefix: one has 5 blocks of 16, the other 2 of 32, which are 64 tokens."""
+    small, large, decoding = prefill("p1"), prefill("p2", block_size=32), decode("d1")
+    router = Router()
+    for request_id, worker in (("r1", small), ("r2", large)):
+        router.choose(request_id, prompt(80), [worker, decoding], now=1.0)
+        router.finished(request_id)
+    for worker, num_uncached in ((small, 20), (large, 36)):
+        route = router.choose("r3", prompt(100), [worker, decoding], now=1.0)
+        assert route.num_uncached_tokens == num_uncached
+        router.finished("r3")
+
+
+def test_room_is_counted_in_tokens() -> None:
+    workers = [prefill("p1"), decode("d1", blocks_free=6), decode("d2", blocks_free=4, block_size=32)]
+    assert Router().choose("r", prompt(64), workers, now=1.0).decode_id == "d2"
+    for block_size, late in ((16, True), (32, False)):
+        workers = [prefill("p1"), decode("d1", blocks_free=4, block_size=block_size)]
+        assert Router().choose("r", prompt(64), workers, now=1.0).reserves_late is late
+
+
 def test_a_prompt_that_is_cached_whole_still_costs_a_token() -> None:
-    router = Router(BLOCK_SIZE)
+    router = Router()
     router.choose("first", prompt(64), WORKERS, now=1.0)
     assert router.choose("second", prompt(64), WORKERS, now=1.0, avoid={"p2"}).num_uncached_tokens == 1
 
 
 def test_another_salt_shares_nothing() -> None:
-    router = Router(BLOCK_SIZE)
+    router = Router()
     router.choose("first", prompt(64), WORKERS, now=1.0)
     salted = prompt(64, root=root_digest(b"model", "salt"))
     assert router.choose("second", salted, WORKERS, now=1.0, avoid={"p2"}).num_uncached_tokens == 64
 
 
 def test_a_restarted_worker_has_an_empty_cache() -> None:
-    router = Router(BLOCK_SIZE)
+    router = Router()
     router.choose("first", prompt(64), [prefill("p1"), decode("d1")], now=1.0)
     restarted = replace(prefill("p1"), epoch=1)
     assert router.choose("second", prompt(64), [restarted, decode("d1")], now=1.0).num_uncached_tokens == 64
@@ -81,7 +104,7 @@ def test_a_restarted_worker_has_an_empty_cache() -> None:
 
 
 def test_tokens_sent_count_until_the_next_heartbeat_tells_of_them() -> None:
-    router = Router(BLOCK_SIZE)
+    router = Router()
     router.choose("r1", prompt(300), [prefill("p1"), decode("d1")], now=1.0)
 
     def where(request_id: str, heartbeat: WorkerView) -> str:
@@ -95,7 +118,7 @@ def test_tokens_sent_count_until_the_next_heartbeat_tells_of_them() -> None:
 
 def test_a_computed_prompt_is_queued_no_more() -> None:
     for notify in ("prefill_done", "finished"):
-        router = Router(BLOCK_SIZE)
+        router = Router()
         router.choose("r1", prompt(300), WORKERS, now=1.0)
         getattr(router, notify)("r1")
         getattr(router, notify)("r1")
@@ -113,11 +136,11 @@ def test_a_computed_prompt_is_queued_no_more() -> None:
     ],
 )
 def test_decode_goes_where_sequences_are_few_for_the_free_blocks(workers: list[WorkerView], expected: str) -> None:
-    assert Router(BLOCK_SIZE).choose("r", prompt(64), [prefill("p1"), *workers], now=1.0).decode_id == expected
+    assert Router().choose("r", prompt(64), [prefill("p1"), *workers], now=1.0).decode_id == expected
 
 
 def test_decode_counts_what_was_sent_but_is_not_reported_yet() -> None:
-    router = Router(BLOCK_SIZE)
+    router = Router()
     for index in range(3):
         router.choose(f"r{index}", prompt(16, index * 100), WORKERS, now=1.0, avoid={"d2"})
     assert router.choose("r3", prompt(16, 900), [*WORKERS[:3], decode("d2", running=2)], now=1.0).decode_id == "d2"
@@ -128,7 +151,7 @@ def test_decode_counts_what_was_sent_but_is_not_reported_yet() -> None:
 
 
 def test_among_equal_decode_workers_the_prefix_decides() -> None:
-    router = Router(BLOCK_SIZE)
+    router = Router()
     router.choose("r1", prompt(64), WORKERS, now=1.0, avoid={"d1"})
     router.finished("r1")
     assert router.choose("r2", prompt(64), WORKERS, now=1.0).decode_id == "d2"
@@ -136,7 +159,7 @@ def test_among_equal_decode_workers_the_prefix_decides() -> None:
 
 
 def test_draining_and_avoided_workers_are_passed_over() -> None:
-    router = Router(BLOCK_SIZE)
+    router = Router()
     draining = [replace(WORKERS[0], draining=True), *WORKERS[1:]]
     route = router.choose("r", prompt(64), draining, now=1.0, avoid={"d1"})
     assert (route.prefill_id, route.decode_id) == ("p2", "d2")
@@ -144,7 +167,7 @@ def test_draining_and_avoided_workers_are_passed_over() -> None:
 
 @pytest.mark.parametrize(("missing", "stage"), [({"p1", "p2"}, "prefill"), ({"d1", "d2"}, "decode")])
 def test_without_workers_of_a_role_nothing_is_chosen(missing: set[str], stage: str) -> None:
-    router = Router(BLOCK_SIZE)
+    router = Router()
     others = [worker for worker in WORKERS if worker.worker_id not in missing]
     with pytest.raises(Unavailable) as caught:
         router.choose("r", prompt(64), others, now=1.0)
@@ -154,12 +177,12 @@ def test_without_workers_of_a_role_nothing_is_chosen(missing: set[str], stage: s
 
 
 def test_who_failed_is_better_than_nobody() -> None:
-    route = Router(BLOCK_SIZE).choose("r", prompt(64), WORKERS, now=1.0, avoid={"p1", "p2", "d1", "d2"})
+    route = Router().choose("r", prompt(64), WORKERS, now=1.0, avoid={"p1", "p2", "d1", "d2"})
     assert (route.prefill_id, route.decode_id) == ("p1", "d1")
 
 
 def test_a_move_takes_another_decode_worker_and_keeps_the_prefill_worker() -> None:
-    router = Router(BLOCK_SIZE)
+    router = Router()
     router.choose("r1", prompt(64), WORKERS, now=1.0)
     assert router.move("r1", prompt(64), WORKERS, now=1.0) == "d2"
     # It counts as the new worker's from then on.
@@ -169,7 +192,7 @@ def test_a_move_takes_another_decode_worker_and_keeps_the_prefill_worker() -> No
 
 
 def test_a_move_avoids_workers_where_there_are_others() -> None:
-    router = Router(BLOCK_SIZE)
+    router = Router()
     workers = [*WORKERS, decode("d3")]
     router.choose("r1", prompt(64), workers, now=1.0)
     assert router.move("r1", prompt(64), workers, now=1.0, avoid=["d2"]) == "d3"
@@ -177,7 +200,7 @@ def test_a_move_avoids_workers_where_there_are_others() -> None:
 
 
 def test_blocks_are_promised_by_the_worker_that_a_request_moved_to() -> None:
-    router = Router(BLOCK_SIZE)
+    router = Router()
     workers = [prefill("p1"), decode("d1", blocks_free=11), decode("d2", blocks_free=10)]
     assert router.choose("r1", prompt(64), workers, now=1.0).decode_id == "d1"
     router.move("r1", prompt(64), workers, now=1.0)
@@ -186,7 +209,7 @@ def test_blocks_are_promised_by_the_worker_that_a_request_moved_to() -> None:
 
 
 def test_a_request_that_is_routed_again_leaves_its_first_workers() -> None:
-    router = Router(BLOCK_SIZE)
+    router = Router()
     router.choose("r1", prompt(64), WORKERS, now=1.0)
     route = router.choose("r1", prompt(64), WORKERS, now=1.0, avoid={"p1", "d1"})
     assert (route.prefill_id, route.decode_id) == ("p2", "d2")
@@ -195,7 +218,7 @@ def test_a_request_that_is_routed_again_leaves_its_first_workers() -> None:
 
 
 def test_the_memory_of_prefixes_is_bounded_and_forgets_the_oldest_ends_first() -> None:
-    router = Router(BLOCK_SIZE, max_digests=6)
+    router = Router(max_digests=6)
     alone = [prefill("p1"), decode("d1")]
 
     def num_uncached(first: int) -> int:

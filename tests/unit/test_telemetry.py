@@ -12,6 +12,8 @@ import pytest
 from opentelemetry import trace
 from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2, metrics_service_pb2_grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from kvrelay import telemetry
 
@@ -138,6 +140,19 @@ def test_a_malformed_header_counts_as_none(header: str) -> None:
 
 def test_nobody_traces_so_no_header_is_sent() -> None:
     assert telemetry.traceparent(trace.INVALID_SPAN) == ""
+
+
+def test_durations_of_seconds_lie_in_buckets_of_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = InMemoryMetricReader()
+    monkeypatch.setattr(telemetry, "meter", lambda: MeterProvider([reader]).get_meter("test"))
+    histogram = telemetry.seconds_histogram(telemetry.Metric.TIME_TO_FIRST_TOKEN)
+    for seconds in (0.03, 0.3, 3.0, 30.0):
+        histogram.record(seconds)
+    data: Any = reader.get_metrics_data()
+    [metric] = data.resource_metrics[0].scope_metrics[0].metrics
+    assert (metric.name, metric.unit) == ("kvrelay.time_to_first_token", "s")
+    [point] = metric.data.data_points
+    assert sorted(point.bucket_counts, reverse=True)[:5] == [1, 1, 1, 1, 0]
 
 
 @pytest.mark.parametrize("names", [telemetry.SpanName, telemetry.Attribute, telemetry.Metric])

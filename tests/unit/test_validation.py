@@ -141,11 +141,10 @@ def test_prompts() -> None:
 
 def test_identity() -> None:
     call = parse(request(request_id="mine", cache_salt="s", priority=3, resume_after_seq=0))
-    assert (call.request_id, call.client_chose_id, call.cache_salt, call.priority) == ("mine", True, "s", 3)
+    assert (call.request_id, call.cache_salt, call.priority) == ("mine", "s", 3)
     assert call.resume_after_seq == 0
     nameless = [parse(request()) for _ in range(2)]
     assert nameless[0].request_id != nameless[1].request_id
-    assert nameless[0].client_chose_id is False
     assert nameless[0].resume_after_seq is None
     assert parse_request_id(nameless[0].request_id) == nameless[0].request_id
 

@@ -50,7 +50,6 @@ def inspect_model(path: Path) -> ModelSpec:
         context_length=context_length,
         context_limit=context_limit,
         sliding_window=window,
-        fused=shape is not None,
         dtype=_DTYPES.get(config.dtype or text_config.dtype, "float32"),
     )
 

@@ -20,7 +20,6 @@ class ModelSpec:
         context_limit: a sentence that says what sets the context length.
         sliding_window: tokens that some layer attends to at most; None if all attend to everything. The context
             length is never larger, and up to it a window makes no difference.
-        fused: whether kvrelay's own implementation serves the model, or transformers' modeling code.
         dtype: name of the torch dtype that the checkpoint is meant for.
     """
 
@@ -32,7 +31,6 @@ class ModelSpec:
     context_length: int
     context_limit: str
     sliding_window: int | None
-    fused: bool
     dtype: str
 
 

@@ -84,7 +84,6 @@ def make_batch(max_context_length: int) -> Batch:
         context_lengths=torch.full((3,), 4, dtype=torch.int32),
         block_tables=torch.zeros(3, max_context_length // 16, dtype=torch.int32),
         num_decodes=2,
-        max_query_length=4,
         max_context_length=max_context_length,
     )
 

@@ -92,7 +92,7 @@ def sample_tokens(logits: torch.Tensor, sampling: SamplingTensors) -> torch.Tens
     grid = (num_rows, num_tiles)
     _rank[grid](logits, sampling.temperature, ranks, **shape, num_warps=_WARPS)
     _weigh[grid](logits, *filters, ranks, masses, counts, **shape, num_warps=_WARPS)
-    _collect[grid](logits, *filters, ranks, masses, counts, *found, **shape, **options)
+    _collect[grid](logits, *filters[:3], ranks, masses, counts, *found, **shape, **options)
     _choose[(num_rows,)](
         logits, *filters, sampling.seed, sampling.position, ranks, masses, *found, token_ids, **shape, **options
     )
@@ -156,13 +156,12 @@ def _weigh(
             tl.store(counts + (row * TILES + tile) * BUCKETS + tl.arange(0, BUCKETS), count)
 
 
-@triton.jit(do_not_specialize_on_alignment=_UNALIGNED[:4])
+@triton.jit(do_not_specialize_on_alignment=_UNALIGNED[:3])
 def _collect(
     logits,
     temperatures,
     top_ks,
     top_ps,
-    min_ps,
     ranks,
     masses,
     counts,
