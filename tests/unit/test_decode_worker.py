@@ -28,7 +28,7 @@ from kvrelay.v1 import worker_pb2
 from tests.patience import SOON
 
 NUM_BLOCKS = 64
-MODEL = ModelInfo("model", "llama", 512, 100, 16, "00", "00")
+MODEL = ModelInfo("model", "llama", 512, 100, 16, "00")
 OTHER = WorkerEntry(
     WorkerRecord("d2", WorkerRole.DECODE, "host:1", 1, MODEL, epoch=1),
     WorkerLoad(WorkerState.READY, 0, 0, NUM_BLOCKS, NUM_BLOCKS, 0),
