@@ -298,6 +298,6 @@ def _cause(exit_code: int | None) -> str:
 
 
 def _threads_each(num_workers: int) -> int:
-    """Twice a worker's share of the cores: prefill and decode are seldom busy at once, and idle threads cost nothing."""
+    """Twice a worker's share of the cores: prefill and decode are seldom busy at once, and idle threads are free."""
     cores = os.cpu_count() or 1
     return max(1, min(cores, 2 * cores // num_workers))
