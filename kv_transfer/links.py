@@ -13,6 +13,7 @@ from kv_transfer.choice import Choice, choose_transport
 from kv_transfer.layouts import PROTOCOL_VERSION, check_layouts, check_versions, layout_to_proto
 from kv_transfer.rate import LinkRate, measure_bandwidth, measure_latency
 from kv_transfer.receivers import Receivers
+from kv_transfer.threads import run_to_end
 from kvrelay.control.membership import WorkerEntry
 from kvrelay.control.registry import WorkerRecord
 from kvrelay.engine.kv_cache import KvCache
@@ -81,7 +82,7 @@ class Link:
         # The receiver's file must not be closed, and its number given to another, under a copy.
         await self._unused.wait()
         await self.channel.close(None)
-        self.receiver.close()
+        await run_to_end(self.receiver.close)
 
 
 class Links:
