@@ -153,7 +153,7 @@ async def redis_memory(requests: int) -> float:
         try:
             client = await connect(server.url)
             try:
-                queue = RequestQueue(client, "gateway", max_running=1, max_waiting=requests, lease_seconds=600)
+                queue = RequestQueue(client, b"key", "gateway", max_running=1, max_waiting=requests, lease_seconds=600)
                 await queue.enter("runs", "0" * 64, 0, None, 0.0)
                 before = (await client.info("memory"))["used_memory"]
                 for index in range(requests):

@@ -58,6 +58,7 @@ async def run_gateway(settings: Settings, cluster_key: bytes) -> int:
         cleanup.push_async_callback(fleet.close)
         queue = RequestQueue(
             redis,
+            cluster_key,
             gateway_id,
             max_running=limits.max_running,
             max_waiting=limits.max_waiting,

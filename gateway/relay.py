@@ -65,9 +65,7 @@ class Relay:
             deadline: on the clock of `time.monotonic`.
         """
         run = _Run(self, call, log, handle, deadline)
-        with telemetry.tracer().start_as_current_span(
-            SpanName.GENERATE, context=context, kind=trace.SpanKind.SERVER, record_exception=False
-        ) as span:
+        with _span(SpanName.GENERATE, context, trace.SpanKind.SERVER) as span:
             span.set_attributes({Attribute.REQUEST_ID: call.request_id, Attribute.MODEL: call.model})
             try:
                 async with asyncio.timeout_at(_on_loop_clock(deadline)):
@@ -94,7 +92,7 @@ class Relay:
 
     def _give_up(self, span: trace.Span, log: ResponseLog, run: "_Run", error: KvrelayError) -> None:
         span.set_attribute(Attribute.ERROR_REASON, error.reason)
-        span.set_status(trace.StatusCode.ERROR, error.message)
+        span.set_status(trace.StatusCode.ERROR, error.reason)  # the message may quote the client
         self._account(span, run, error.code.lower())
         log.fail(error)
 
@@ -143,7 +141,7 @@ class _Run:
         relay = self._relay
         request = await self._tokenize()
         async with self._place_in_queue(request):
-            with self._stage(SpanName.GATEWAY_QUEUE):
+            with _span(SpanName.GATEWAY_QUEUE):
                 await relay.admission.wait_for_turn(request.request_id)
                 placement = await relay.dispatch.place(request)
             self._account.left_queue()
@@ -160,7 +158,7 @@ class _Run:
             return await serving.to_the_end(placement)
 
     async def _tokenize(self) -> Request:
-        with self._stage(SpanName.TOKENIZE):
+        with _span(SpanName.TOKENIZE):
             prompt = await self._relay.pool.encode_prompt(self._call.prompt)
         self._account.num_prompt_tokens = len(prompt)
         tokenizer = self._relay.tokenizer
@@ -186,10 +184,16 @@ class _Run:
         finally:
             admission.leave(request.request_id, outcome)
 
-    @contextlib.contextmanager
-    def _stage(self, name: str) -> Iterator[None]:
-        with telemetry.tracer().start_as_current_span(name):
-            yield
+
+@contextlib.contextmanager
+def _span(
+    name: str, context: Context | None = None, kind: trace.SpanKind = trace.SpanKind.INTERNAL
+) -> Iterator[trace.Span]:
+    """A span that notes nothing of an exception by itself: the text of any may quote the client."""
+    with telemetry.tracer().start_as_current_span(
+        name, context, kind, record_exception=False, set_status_on_exception=False
+    ) as span:
+        yield span
 
 
 def _cannot_replay(request_id: str, state: RequestState) -> FailedPrecondition:

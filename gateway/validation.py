@@ -42,7 +42,8 @@ class GenerateCall:
         request_id: the client's, or a new one.
         model: never empty.
         resume_after_seq: None unless the client reconnects.
-        body_digest: SHA-256 in hexadecimal of all but request_id and resume_after_seq; equal for equal requests.
+        body_digest: SHA-256 in hexadecimal of all but request_id and resume_after_seq; equal for equal requests. It
+            tells who guesses the body that the guess is right, so it stays in this process.
     """
 
     request_id: str

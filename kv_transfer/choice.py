@@ -5,6 +5,7 @@ import logging
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 
+from kv_transfer.threads import run_to_end
 from kv_transfer.transport import BlockReceiver, TransferFailed
 from kvrelay.errors import ConfigurationError, FailedPrecondition, KvrelayError
 
@@ -94,8 +95,8 @@ async def choose_transport(
 async def _tried_out(
     receiver: BlockReceiver, try_out: Callable[[BlockReceiver], Awaitable[float]]
 ) -> tuple[BlockReceiver, float]:
-    with contextlib.ExitStack() as unless_it_works:
-        unless_it_works.callback(receiver.close)
+    async with contextlib.AsyncExitStack() as unless_it_works:
+        unless_it_works.push_async_callback(run_to_end, receiver.close)
         try:
             bandwidth = await try_out(receiver)
         except TransferFailed as failure:

@@ -13,6 +13,7 @@ from kv_transfer.choice import Choice, choose_transport
 from kv_transfer.layouts import PROTOCOL_VERSION, check_layouts, check_versions, layout_to_proto
 from kv_transfer.rate import LinkRate, measure_bandwidth, measure_latency
 from kv_transfer.receivers import Receivers
+from kv_transfer.threads import run_to_end
 from kvrelay.control.membership import WorkerEntry
 from kvrelay.control.registry import WorkerRecord
 from kvrelay.engine.kv_cache import KvCache
@@ -67,7 +68,7 @@ class Link:
 
     @contextlib.contextmanager
     def in_use(self) -> Iterator[None]:
-        """Keeps the link open inside."""
+        """Keeps the receiver open inside."""
         self._num_users += 1
         self._unused.clear()
         try:
@@ -77,11 +78,11 @@ class Link:
             if self._num_users == 0:
                 self._unused.set()
 
-    async def close_when_unused(self) -> None:
-        # The receiver's file must not be closed, and its number given to another, under a copy.
-        await self._unused.wait()
+    async def close(self) -> None:
+        """Ends the pulls that run. What they have begun to copy stays in memory until they have."""
         await self.channel.close(None)
-        self.receiver.close()
+        await self._unused.wait()
+        await run_to_end(self.receiver.close)
 
 
 class Links:
@@ -116,12 +117,12 @@ class Links:
         self._receivers = Receivers(cache)
         self._links: dict[str, Link] = {}
         self._locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        self._closing: dict[asyncio.Task[None], Link] = {}
+        self._closing: set[asyncio.Task[None]] = set()
         self._pairing: dict[str, asyncio.Task[None]] = {}
 
     @contextlib.asynccontextmanager
     async def use(self, worker_id: str, epoch: int) -> AsyncIterator[Link]:
-        """The link to this start of a prefill worker, which stays open inside.
+        """The link to this start of a prefill worker. Its receiver stays open inside; its calls end with the link.
 
         Raises:
             NotFound: the registry does not know the worker; reason WORKER_UNKNOWN.
@@ -145,9 +146,9 @@ class Links:
                 self._pair_soon(entry.record)
 
     def drop_departed(self) -> None:
-        """Closes the links to workers that have gone or started anew.
+        """Closes the links to workers that have gone or started anew, which ends the pulls from them.
 
-        An open link keeps a dead worker's pool in memory. Pulls that still run end by themselves.
+        Nothing else ends a pull from a worker whose event loop stands still: gRPC keeps its connection alive.
         """
         workers = self._directory.snapshot()
         for worker_id, link in list(self._links.items()):
@@ -161,8 +162,6 @@ class Links:
         await asyncio.gather(*self._pairing.values(), return_exceptions=True)
         for worker_id in list(self._links):
             self._retire(worker_id)
-        for link in list(self._closing.values()):
-            await link.channel.close(None)
         await asyncio.gather(*self._closing)
 
     def _pair_soon(self, record: WorkerRecord) -> None:
@@ -181,8 +180,8 @@ class Links:
 
     async def _find(self, worker_id: str, epoch: int) -> Link:
         await self._catch_up(worker_id, epoch)
-        record = self._record(worker_id, epoch)
         async with self._locks[worker_id]:
+            record = self._record(worker_id, epoch)
             link = self._links.get(worker_id)
             if link is not None and link.record.epoch == epoch and link.receiver.usable:
                 return link
@@ -190,6 +189,7 @@ class Links:
                 self._retire(worker_id)
             link = self._links[worker_id] = await self._connect(record)
             log.info("paired with prefill worker %s, epoch %d: %s", worker_id, epoch, _describe(link.status()))
+            self.drop_departed()  # of one that went while it was paired with, no change is told any more
             return link
 
     async def _catch_up(self, worker_id: str, epoch: int) -> None:
@@ -241,10 +241,9 @@ class Links:
         return answer
 
     def _retire(self, worker_id: str) -> None:
-        link = self._links.pop(worker_id)
-        task = asyncio.get_running_loop().create_task(link.close_when_unused())
-        self._closing[task] = link
-        task.add_done_callback(self._closing.pop)
+        task = asyncio.get_running_loop().create_task(self._links.pop(worker_id).close())
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
 
 
 async def _ping(stub: "kv_pb2_grpc.KvServiceAsyncStub") -> None:

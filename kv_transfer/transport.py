@@ -94,4 +94,4 @@ class BlockReceiver(Protocol):
         """
 
     def close(self) -> None:
-        """Frees what was opened. No `receive` may be in progress."""
+        """Frees what was opened, which takes its time: to be called in a thread. No `receive` may be in progress."""

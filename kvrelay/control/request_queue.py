@@ -11,6 +11,7 @@ that: what a wiped Redis has forgotten is written again, what nobody holds any m
 import asyncio
 import contextlib
 import enum
+import hmac
 import itertools
 import json
 import logging
@@ -29,6 +30,8 @@ from kvrelay.request import QueueStatus
 __all__ = ["Admission", "ExistingRequest", "Outcome", "RequestQueue", "RequestState", "Verdict"]
 
 _LOGGER = logging.getLogger(__name__)
+# So that the same key may authenticate other things without one being taken for the other.
+_MAC_PURPOSE = b"kvrelay request v1\0"
 _GRACE_SECONDS = 3.0  # longer than any command is under way
 _RESTORED_AT_ONCE = 256
 
@@ -82,7 +85,7 @@ class Admission:
 
 @dataclass(slots=True)
 class _Held:
-    """A request of this gateway. Its state is None until Redis has answered its entry."""
+    """A request of this gateway, as Redis knows it. Its state is None until Redis has answered its entry."""
 
     digest: str
     rank: str
@@ -95,6 +98,7 @@ class RequestQueue:
     What is found in Redis and does not belong there is put aside and logged.
 
     Args:
+        cluster_key: the secret that all processes of the cluster share; to others the digests in Redis tell nothing.
         gateway_id: unique among the gateways. A restarted gateway with the id of a dead one inherits nothing, and what
             that one had finished may run again, for its responses are lost.
         max_running: requests of all gateways that may run at once.
@@ -106,6 +110,7 @@ class RequestQueue:
     def __init__(
         self,
         redis: Redis,
+        cluster_key: bytes,
         gateway_id: str,
         *,
         max_running: int,
@@ -113,6 +118,7 @@ class RequestQueue:
         replay_seconds: float = 60.0,
         lease_seconds: float = 3.0,
     ) -> None:
+        self._cluster_key = cluster_key
         self._gateway_id = gateway_id
         self._start = secrets.token_hex(8)
         self._max_running = max_running
@@ -139,7 +145,7 @@ class RequestQueue:
         not held; what may be left of it in Redis goes by itself.
 
         Args:
-            body_digest: equal for equal requests.
+            body_digest: equal for equal requests. Redis gets it keyed.
             priority: higher first.
             deadline_unix: seconds of Unix time; among equal priorities earlier first, None last.
             now: seconds of Unix time; among equals earlier first.
@@ -149,9 +155,10 @@ class RequestQueue:
             ResourceExhausted: the waiting room is full; reason QUEUE_FULL, and when to try again.
             Unavailable: Redis cannot be reached.
         """
+        digest = _keyed(body_digest, self._cluster_key)
         if request_id in self._held:
-            return self._existing(self._held[request_id], body_digest)
-        held = _Held(body_digest, queue_policy.rank(priority, deadline_unix, now))
+            return self._existing(self._held[request_id], digest)
+        held = _Held(digest, queue_policy.rank(priority, deadline_unix, now))
         self._held[request_id] = held
         with contextlib.ExitStack() as unless_entered:
             unless_entered.callback(self._held.pop, request_id, None)
@@ -232,8 +239,8 @@ class RequestQueue:
                 raise ResourceExhausted(message, reason="QUEUE_FULL", retry_after=delay)
         raise Unavailable("The queue state is being rebuilt; try again.", reason="REDIS_UNAVAILABLE", retry_after=1.0)
 
-    def _existing(self, held: _Held, body_digest: str) -> Admission:
-        if held.digest != body_digest:
+    def _existing(self, held: _Held, digest: str) -> Admission:
+        if held.digest != digest:
             raise _id_reused()
         return Admission(Verdict.EXISTING, ExistingRequest(held.state or RequestState.WAITING, self._gateway_id))
 
@@ -291,6 +298,10 @@ class RequestQueue:
         for key in reply[0]:
             _LOGGER.error("%r in Redis was malformed; it has been put aside", key)
         return reply[1:]
+
+
+def _keyed(body_digest: str, cluster_key: bytes) -> str:
+    return hmac.digest(cluster_key, _MAC_PURPOSE + body_digest.encode(), "sha256").hex()
 
 
 def _id_reused() -> AlreadyExists:

@@ -35,6 +35,10 @@ class BlockBooks(Protocol):
     def num_held(self) -> int:
         """Blocks that are held by this process."""
 
+    @property
+    def num_freed(self) -> int:
+        """How often a block has become free, whoever held it. Never falls, and never grows by too little."""
+
     def locked(self) -> AbstractContextManager[None]:
         """What was asked inside still holds when it is acted upon inside."""
 
@@ -92,6 +96,7 @@ class BlockPool:
         self._digest_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self.num_freed = 0
 
     @property
     def num_free(self) -> int:
@@ -145,6 +150,7 @@ class BlockPool:
             self._holders[block_id] -= 1
             if self._holders[block_id] == 0:
                 self._free[block_id] = None
+                self.num_freed += 1
 
     def name(self, block_id: int, digest: bytes) -> None:
         if digest not in self._block_of:

@@ -36,7 +36,7 @@ MUTEX_BYTE = 0  # of those that are locked; they need not hold anything
 _JOINING_BYTE = 1
 _FIRST_SLOT_BYTE = 2
 _PAGE = 4096
-_MAGIC = b"kvrelay shared pool 1\0\0\0"
+_MAGIC = b"kvrelay shared pool 2\0\0\0"
 _LENGTH = struct.Struct("<Q")
 
 
@@ -46,7 +46,7 @@ class Books:
 
     Attributes:
         mutex: `[2]`, the words of the `Mutex` that guards the rest.
-        num_free: `[1]`.
+        num_free: `[2]`, the counts of the `FreeList`.
         claims: `[slot]`, the process that writes to a slot's row; 0 for none.
         growing: `[slot]`, sequences of this worker that will want more blocks.
         holds: `[slot, block]`, how often the worker holds the block. Free is what nobody holds.
@@ -76,7 +76,7 @@ def _shapes(num_blocks: int) -> dict[str, tuple[type, tuple[int, ...]]]:
     table_size = 1 << (2 * num_blocks).bit_length()
     return {
         "mutex": (numpy.int64, (2,)),
-        "num_free": (numpy.int64, (1,)),
+        "num_free": (numpy.int64, (2,)),
         "claims": (numpy.int64, (NUM_SLOTS,)),
         "growing": (numpy.int64, (NUM_SLOTS,)),
         "holds": (numpy.int32, (NUM_SLOTS, num_blocks)),

@@ -58,6 +58,10 @@ class SharedBlockPool:
     def num_held(self) -> int:
         return int(numpy.count_nonzero(self._own))
 
+    @property
+    def num_freed(self) -> int:
+        return self._free.num_appended
+
     def locked(self) -> AbstractContextManager[None]:
         """Nobody else changes the books inside."""
         return self._mutex

@@ -14,18 +14,23 @@ class FreeList:
     """Blocks in the order in which they came, linked in both directions. The last entry of the arrays is the anchor.
 
     Args:
-        count: `[1]`, how many there are.
+        counts: `[2]`, how many there are, and how often one has come.
         following, preceding: `[blocks + 1]`; a block that is not in the list has _NOWHERE in both.
     """
 
-    def __init__(self, count: NDArray[numpy.int64], following: NDArray[numpy.int32], preceding: NDArray[numpy.int32]):
+    def __init__(self, counts: NDArray[numpy.int64], following: NDArray[numpy.int32], preceding: NDArray[numpy.int32]):
         # Views, because one of their elements is read in half the time of an array's.
-        self._count, self._following, self._preceding = count.data, following.data, preceding.data
+        self._counts, self._following, self._preceding = counts.data, following.data, preceding.data
         self._anchor = len(following) - 1
         self._links = preceding
 
     def __len__(self) -> int:
-        return int(self._count[0])
+        return int(self._counts[0])
+
+    @property
+    def num_appended(self) -> int:
+        """How often a block has come, from the making of the arrays on."""
+        return int(self._counts[1])
 
     def __contains__(self, block_id: int) -> bool:
         return bool(self._preceding[block_id] != _NOWHERE)
@@ -44,19 +49,20 @@ class FreeList:
         for links in (self._following, self._preceding):
             numpy.asarray(links)[:] = _NOWHERE
             links[self._anchor] = self._anchor
-        self._count[0] = 0
+        self._counts[0] = 0
 
     def append(self, block_id: int) -> None:
         last = self._preceding[self._anchor]
         self._preceding[block_id], self._following[block_id] = last, self._anchor
         self._following[last] = self._preceding[self._anchor] = block_id
-        self._count[0] += 1
+        self._counts[0] += 1
+        self._counts[1] += 1
 
     def remove(self, block_id: int) -> None:
         before, after = self._preceding[block_id], self._following[block_id]
         self._following[before], self._preceding[after] = after, before
         self._following[block_id] = self._preceding[block_id] = _NOWHERE
-        self._count[0] -= 1
+        self._counts[0] -= 1
 
     def pop_first(self) -> int:
         first = int(self._following[self._anchor])

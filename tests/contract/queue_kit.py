@@ -10,13 +10,14 @@ from redis.asyncio import Redis
 from kvrelay.control.request_queue import Admission, RequestQueue, Verdict
 from tests.patience import SOON
 
+KEY = b"k" * 32
 RUNNING, WAITING = Admission(Verdict.RUNNING), Admission(Verdict.WAITING)
 
 
 def new_queue(
-    redis: Redis, gateway_id: str = "g1", running: int = 2, waiting: int = 3, lease: float = 30.0
+    redis: Redis, gateway_id: str = "g1", running: int = 2, waiting: int = 3, lease: float = 30.0, key: bytes = KEY
 ) -> RequestQueue:
-    return RequestQueue(redis, gateway_id, max_running=running, max_waiting=waiting, lease_seconds=lease)
+    return RequestQueue(redis, key, gateway_id, max_running=running, max_waiting=waiting, lease_seconds=lease)
 
 
 @pytest.fixture

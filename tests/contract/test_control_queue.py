@@ -1,6 +1,7 @@
 """The request queue over real servers: bounds, order and identity."""
 
 import asyncio
+import hashlib
 import time
 
 import pytest
@@ -18,7 +19,7 @@ from kvrelay.control.request_queue import (
 )
 from kvrelay.errors import AlreadyExists, ResourceExhausted
 from kvrelay.request import QueueStatus
-from tests.contract.queue_kit import RUNNING, WAITING, counts, enter, fill, new_queue
+from tests.contract.queue_kit import KEY, RUNNING, WAITING, counts, enter, fill, new_queue
 
 pytest_plugins = ["redis_kit", "queue_kit"]
 
@@ -125,7 +126,7 @@ async def test_what_never_ran_or_failed_may_enter_again(queue: RequestQueue) -> 
 
 
 async def test_finished_record_is_remembered_for_its_time(redis: Redis) -> None:
-    queue = RequestQueue(redis, "g1", max_running=1, max_waiting=0, replay_seconds=100)
+    queue = RequestQueue(redis, KEY, "g1", max_running=1, max_waiting=0, replay_seconds=100)
     await enter(queue, "a")
     assert 3500 < await redis.ttl("kvrelay:request:a") <= 3600
     await queue.finish("a", Outcome.COMPLETED)
@@ -205,3 +206,15 @@ async def test_redis_sees_ids_and_digests_alone(queue: RequestQueue, redis: Redi
     assert all(str(key).startswith("kvrelay:") for key in await redis.keys("*"))
     record = await redis.hgetall("kvrelay:request:c")
     assert record.keys() == {"state", "digest", "gateway", "rank", "since", "outcome", "start"}
+
+
+async def test_who_reads_redis_cannot_try_out_bodies(redis: Redis) -> None:
+    body_digest = hashlib.sha256(b"a body that is easily guessed").hexdigest()
+    digests = []
+    for index, key in enumerate((KEY, KEY, b"another key" * 3)):
+        queue = new_queue(redis, f"g{index}", running=9, key=key)
+        await enter(queue, f"r{index}", body_digest)
+        digests.append(await redis.hget(f"kvrelay:request:r{index}", "digest"))
+        assert len(digests[-1]) == len(body_digest)
+    assert digests[0] == digests[1]
+    assert len({body_digest, *digests}) == 3

@@ -11,6 +11,7 @@ from kvrelay.control.connection import connect
 from kvrelay.control.private_redis import PrivateRedis
 from kvrelay.control.request_queue import Outcome, RequestQueue, Verdict
 from kvrelay.errors import ResourceExhausted
+from tests.contract.queue_kit import KEY
 from tests.exploring import exploring
 
 pytest_plugins = ["redis_kit"]
@@ -32,7 +33,7 @@ def test_queue_does_as_the_model(shared_server: PrivateRedis, loop: asyncio.Abst
         def __init__(self) -> None:
             super().__init__()
             loop.run_until_complete(redis.flushall())
-            self.queue = RequestQueue(redis, "g", max_running=MAX_RUNNING, max_waiting=MAX_WAITING)
+            self.queue = RequestQueue(redis, KEY, "g", max_running=MAX_RUNNING, max_waiting=MAX_WAITING)
             self.number = 0
             self.running: set[str] = set()
             self.waiting: list[tuple[int, int, str]] = []
@@ -78,7 +79,7 @@ def test_queue_does_as_the_model(shared_server: PrivateRedis, loop: asyncio.Abst
 
         @rule()
         def restart_gateway(self) -> None:
-            self.queue = RequestQueue(redis, "g", max_running=MAX_RUNNING, max_waiting=MAX_WAITING)
+            self.queue = RequestQueue(redis, KEY, "g", max_running=MAX_RUNNING, max_waiting=MAX_WAITING)
             self.running, self.waiting = set(), []
             self.poll()
 

@@ -11,6 +11,7 @@ from transport_kit import EPOCH, NUM_BLOCKS, TRANSPORTS, Pair, pair, until
 
 from kv_transfer import threads
 from kv_transfer.handover import EndReason
+from kv_transfer.service import KvService
 from kv_transfer.transport import TransferFailed
 from kvrelay.engine.kv_cache import KvCache
 from kvrelay.v1 import kv_pb2
@@ -213,10 +214,42 @@ async def test_a_link_that_is_dropped_stays_open_under_a_copy(workers: Pair, mon
         workers.decode.registry.tell()
         workers.decode.links.drop_departed()
         await asyncio.wait([task], timeout=0.05)
+        assert not task.done()
     finally:
         halt.resume.set()
-    await asyncio.wait_for(task, SOON)
+    with pytest.raises(TransferFailed) as caught:
+        await asyncio.wait_for(task, SOON)
+    assert (caught.value.reason, caught.value.verified_blocks) == ("LINK_CLOSED", 8)
     assert workers.same(range(8), range(8))
+    assert workers.decode.links.status() == []
+
+
+@pytest.mark.parametrize("epoch", [None, EPOCH + 1])
+async def test_a_pull_ends_when_the_registry_drops_a_worker_that_is_silent(workers: Pair, epoch: int | None) -> None:
+    """As one is whose event loop stands still, while gRPC's threads go on and answer keepalives."""
+    handover, ticket = workers.prefill.grant(range(10))
+    handover.advance(4)
+    task = asyncio.create_task(workers.decode.puller.pull(ticket, range(10), 0))
+    await until(lambda: workers.same(range(4), range(4)))
+    workers.decode.registry.tell(*([] if epoch is None else [replace(workers.prefill.record, epoch=epoch)]))
+    workers.decode.links.follow()
+    with pytest.raises(TransferFailed) as caught:
+        await asyncio.wait_for(task, SOON)
+    assert (caught.value.reason, caught.value.verified_blocks) == ("LINK_CLOSED", 4)
+
+
+async def test_a_worker_that_goes_while_it_is_paired_with(workers: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def pair_and_go(self: KvService, request: kv_pb2.PairRequest, context: Any) -> kv_pb2.PairResponse:
+        workers.decode.registry.tell()
+        workers.decode.links.follow()
+        return await paired(self, request, context)
+
+    paired = KvService.Pair
+    monkeypatch.setattr(KvService, "Pair", pair_and_go)
+    _, ticket = workers.prefill.grant(range(10))
+    with pytest.raises(TransferFailed) as caught:
+        await asyncio.wait_for(workers.decode.puller.pull(ticket, range(10), 0), SOON)
+    assert caught.value.reason == "LINK_CLOSED"
     assert workers.decode.links.status() == []
 
 

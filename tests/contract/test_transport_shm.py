@@ -3,10 +3,13 @@
 import asyncio
 import contextlib
 import fcntl
+import mmap
 import os
 import struct
+import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -159,6 +162,61 @@ def test_a_mapped_pool_is_resident_at_once_and_counts_as_the_owners(cache: KvCac
         assert abs(_shared_memory() - shared) < 4 << 20
     finally:
         prefill.cache.close()
+
+
+async def test_the_event_loop_goes_on_while_a_pool_is_mapped(cache: KvCache) -> None:
+    """Counted in the thread that maps, from before it begins to after its end: Python's lock would leave a few."""
+    source = KvCache(LAYOUT, (512 << 20) // LAYOUT.block_bytes, torch.device("cpu"))
+    source.write_header(EPOCH)
+    num_ticks = 0
+
+    async def tick() -> None:
+        nonlocal num_ticks
+        while True:
+            await asyncio.sleep(1e-4)
+            num_ticks += 1
+
+    def map_it() -> int:
+        before = num_ticks
+        receiver = ShmReceiver.open_pool(offer_pool(source), EPOCH, cache)
+        after = num_ticks
+        receiver.close()
+        return after - before
+
+    ticking = asyncio.create_task(tick())
+    try:
+        assert await asyncio.to_thread(map_it) > 8
+    finally:
+        ticking.cancel()
+        source.close()
+
+
+def test_nothing_is_resident_before_pages_are_touched(
+    prefill: Prefill, cache: KvCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that none is made resident by `mmap` itself, which would keep Python's lock meanwhile."""
+    resident: list[int] = []
+
+    def mapped(*arguments: Any, **options: Any) -> mmap.mmap:
+        before = _shared_memory()
+        memory = mmap.mmap(*arguments, **options)
+        resident.append(_shared_memory() - before)
+        return memory
+
+    monkeypatch.setattr("kv_transfer.shm.mmap", SimpleNamespace(**{**vars(mmap), "mmap": mapped}))
+    ShmReceiver.open_pool(offer_pool(prefill.cache), EPOCH, cache).close()
+    assert resident == [0]
+
+
+async def test_a_pool_is_unmapped_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+    close = ShmReceiver.close
+    monkeypatch.setattr(ShmReceiver, "close", lambda self: threads.append(threading.get_ident()) or close(self))
+    async with pair("shm") as workers:
+        await workers.decode.puller.pull(workers.prefill.grant_complete(range(8)), range(8), 0)
+        await workers.decode.links.close()
+        assert len(threads) == 1
+        assert threads[0] != threading.get_ident()
 
 
 def test_own_memory_has_the_own_pool_in_it() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from kvrelay.engine.admission import BlockAdmission
 from kvrelay.engine.block_pool import BlockBooks, BlockPool
 from kvrelay.engine.engine import Launched
 from kvrelay.engine.events import Admitted, Event, Failed, Finished, Progress, Sampled
@@ -130,6 +131,20 @@ class FakeModel:
             self.slots[block][position % self.block_size] = content[position] if value is None else value
 
 
+class CheckedAdmission(BlockAdmission):
+    """Refuses nobody without a look whom it would not refuse after one."""
+
+    def _is_refused_still(self, sequence: Sequence, watermark: int) -> bool:
+        if not super()._is_refused_still(sequence, watermark):
+            return False
+        cached = self._prefixes.find(sequence)
+        num_held = sum(not self._pool.is_free(block) for block in cached)
+        wanted = self._limits.blocks_for(len(sequence.token_ids)) - num_held + watermark
+        if wanted <= self._pool.num_free:
+            raise AssertionError(f"{sequence.request_id} is refused, with {wanted} of {self._pool.num_free} wanted")
+        return True
+
+
 class Bench:
     """Keeps all events, and per request its tokens and how it ended.
 
@@ -161,6 +176,7 @@ class Bench:
             itl_limit=itl_limit,
         )
         self.scheduler = Scheduler(pool or BlockPool(num_blocks), limits)
+        self.scheduler._admission = CheckedAdmission(self.pool, self.scheduler._prefixes, limits)
         self.model = FakeModel(num_blocks, block_size, overlap, slots)
         self.in_flight: deque[tuple[list[Chunk], Launched]] = deque()
         self.now = 0.0

@@ -91,6 +91,7 @@ class SharedPoolMachine(RuleBasedStateMachine):
             pool.check(block for blocks in held for block in blocks)
             pool.check_all()
             assert pool.num_free == self.reference.num_free
+            assert pool.num_freed == self.num_blocks + self.reference.num_freed, "all were once found free"
             assert pool.num_held == len({block for blocks in held for block in blocks})
             for block in range(self.num_blocks):
                 assert pool.generation(block) == self.reference.generation(block)
