@@ -13,7 +13,7 @@ from kvrelay.control.request_queue import Outcome, RequestQueue, Verdict
 from kvrelay.errors import ResourceExhausted
 from tests.exploring import exploring
 
-pytest_plugins = ["redis_kit"]
+pytest_plugins = ["tests.contract.redis_kit"]
 
 MAX_RUNNING, MAX_WAITING = 2, 4
 

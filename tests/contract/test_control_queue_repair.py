@@ -16,7 +16,7 @@ from kvrelay.errors import AlreadyExists, ResourceExhausted, Unavailable
 from tests.contract.queue_kit import RUNNING, WAITING, counts, enter, fill, new_queue, poll_until
 from tests.patience import SOON
 
-pytest_plugins = ["redis_kit", "queue_kit"]
+pytest_plugins = ["tests.contract.redis_kit", "tests.contract.queue_kit"]
 
 
 async def test_wiped_redis_is_told_again(queue: RequestQueue, redis: Redis) -> None:

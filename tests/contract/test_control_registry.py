@@ -10,8 +10,6 @@ from dataclasses import replace
 
 import pytest
 from redis.asyncio import Redis
-from redis_kit import until
-from registry_kit import BEAT, KEY, LEASE, LOAD, WORKER, new_directory, new_registration, until_gone
 
 from kvrelay.control.connection import connect
 from kvrelay.control.directory import WorkerDirectory
@@ -28,9 +26,11 @@ from kvrelay.control.registry import (
 from kvrelay.control.strict_json import from_json
 from kvrelay.errors import FailedPrecondition, Unavailable
 from kvrelay.request import WorkerState
+from tests.contract.redis_kit import until
+from tests.contract.registry_kit import BEAT, KEY, LEASE, LOAD, WORKER, new_directory, new_registration, until_gone
 from tests.patience import SOON
 
-pytest_plugins = ["redis_kit", "registry_kit"]
+pytest_plugins = ["tests.contract.redis_kit", "tests.contract.registry_kit"]
 
 
 async def test_worker_appears_with_record_and_load(registration: Registration, directory: WorkerDirectory) -> None:

@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from grpc_health.v1 import health_pb2
-from rpc_kit import NOT_SERVING, Running, running
 
 from kvrelay import rpc
 from kvrelay.errors import Cancelled, KvrelayError, Unavailable
 from kvrelay.v1 import inference_pb2, inference_pb2_grpc
+from tests.contract.rpc_kit import NOT_SERVING, Running, running
 from tests.patience import SOON
 
 __all__ = ["running"]

@@ -7,13 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from transport_kit import EPOCH, NUM_BLOCKS, TRANSPORTS, Pair, pair, until
 
 from kv_transfer import threads
 from kv_transfer.handover import EndReason
 from kv_transfer.transport import TransferFailed
 from kvrelay.engine.kv_cache import KvCache
 from kvrelay.v1 import kv_pb2
+from tests.contract.transport_kit import EPOCH, NUM_BLOCKS, TRANSPORTS, Pair, pair, until
 from tests.patience import SOON
 
 TABLES = {

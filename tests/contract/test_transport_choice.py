@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transport_kit import EPOCH, TRANSPORTS, Prefill, Registry, decode_worker, pair
 
 from kv_transfer.choice import FASTEST_FIRST, Choice, choose_transport, parse_required
 from kv_transfer.rate import LinkRate, measure_bandwidth, measure_latency
@@ -17,6 +16,7 @@ from kv_transfer.transport import TransferFailed
 from kvrelay.errors import ConfigurationError, FailedPrecondition, KvrelayError, Unavailable
 from kvrelay.rpc import open_channel, translated
 from kvrelay.v1 import kv_pb2, kv_pb2_grpc
+from tests.contract.transport_kit import EPOCH, TRANSPORTS, Prefill, Registry, decode_worker, pair
 from tests.patience import SOON
 
 

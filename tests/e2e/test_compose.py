@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster import free_port
-from docker_kit import docker_daemon, import_stand_in, run, why_no_daemon
 
 from kvrelay import Client, Unavailable
+from tests.e2e.cluster import free_port
+from tests.e2e.docker_kit import docker_daemon, import_stand_in, run, why_no_daemon
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLIC_IMAGES = ("python:3.11-slim-bookworm", "python:3.11-bookworm", "redis:7.2-bookworm")

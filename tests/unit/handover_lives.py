@@ -3,13 +3,12 @@
 import enum
 from dataclasses import dataclass, field
 
-from scheduling import Bench
-
 from kv_transfer.handover import Handover
 from kv_transfer.leases import LeaseTable
 from kv_transfer.tickets import Ticket
 from kvrelay.engine.events import Admitted
 from kvrelay.engine.sequence import Sequence, SequenceState
+from tests.unit.scheduling import Bench
 
 KEY = b"k" * 32
 BLOCK_SIZE = 3

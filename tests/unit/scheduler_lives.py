@@ -5,12 +5,11 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from scheduling import VOCABULARY
-
 from kvrelay.engine.engine import Launched
 from kvrelay.engine.events import Admitted, Failed, Finished
 from kvrelay.engine.sequence import Chunk, Role, Sequence, SequenceState
 from kvrelay.request import FinishReason
+from tests.unit.scheduling import VOCABULARY
 
 BLOCK_SIZE = 3
 CONTEXT_LENGTH = 24

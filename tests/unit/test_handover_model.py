@@ -5,11 +5,11 @@ are whole in the end."""
 from random import Random
 
 import pytest
-from handing_over import HandoverMachine
-from handing_over_shared import SharedHandoverMachine
-from handover_lives import CHOICES, WAITS, Loss, Side, Spec
 
 from tests.exploring import exploring
+from tests.unit.handing_over import HandoverMachine
+from tests.unit.handing_over_shared import SharedHandoverMachine
+from tests.unit.handover_lives import CHOICES, WAITS, Loss, Side, Spec
 
 TestHandoverMachine = HandoverMachine.TestCase
 TestSharedHandoverMachine = SharedHandoverMachine.TestCase

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scheduling import Bench
 
 from kvrelay.engine import loop as loop_module
 from kvrelay.engine.engine import Engine, Launched
@@ -18,6 +17,7 @@ from kvrelay.engine.sequence import Chunk, Role, Sequence
 from kvrelay.errors import AlreadyExists, DeadlineExceeded, Unavailable
 from kvrelay.request import Request, Sampling
 from tests.patience import SOON
+from tests.unit.scheduling import Bench
 from tests.unit.shared_pools import joined
 
 dies = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

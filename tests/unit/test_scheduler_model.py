@@ -3,10 +3,10 @@
 from random import Random
 
 import pytest
-from scheduler_lives import NOT_FINISHED, Disturbance, random_spec
-from scheduler_machine import SchedulerMachine
 
 from tests.exploring import exploring
+from tests.unit.scheduler_lives import NOT_FINISHED, Disturbance, random_spec
+from tests.unit.scheduler_machine import SchedulerMachine
 
 TestSchedulerMachine = SchedulerMachine.TestCase
 TestSchedulerMachine.settings = exploring(max_examples=30, max_acts=40)
