@@ -1,8 +1,12 @@
 """How hypothesis explores a state machine: the same acts each time, and no clock."""
 
+from collections.abc import Mapping, Sequence
+from random import Random
+from typing import Any
+
 from hypothesis import HealthCheck, settings
 
-__all__ = ["exploring"]
+__all__ = ["choose", "exploring"]
 
 
 def exploring(max_examples: int, max_acts: int) -> settings:
@@ -15,3 +19,8 @@ def exploring(max_examples: int, max_acts: int) -> settings:
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )
+
+
+def choose(random: Random, choices: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """One of each, without hypothesis."""
+    return {name: random.choice(values) for name, values in choices.items()}

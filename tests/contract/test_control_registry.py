@@ -26,9 +26,8 @@ from kvrelay.control.registry import (
 from kvrelay.control.strict_json import from_json
 from kvrelay.errors import FailedPrecondition, Unavailable
 from kvrelay.request import WorkerState
-from tests.contract.redis_kit import until
 from tests.contract.registry_kit import BEAT, KEY, LEASE, LOAD, WORKER, new_directory, new_registration, until_gone
-from tests.patience import SOON
+from tests.patience import SOON, until
 
 pytest_plugins = ["tests.contract.redis_kit", "tests.contract.registry_kit"]
 

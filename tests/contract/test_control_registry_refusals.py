@@ -15,9 +15,8 @@ from kvrelay.control.registry import (
     WorkerRecord,
     seal_lease,
 )
-from tests.contract.redis_kit import until
 from tests.contract.registry_kit import BEAT, KEY, LOAD, WORKER, until_gone
-from tests.patience import SOON
+from tests.patience import SOON, until
 
 pytest_plugins = ["tests.contract.redis_kit", "tests.contract.registry_kit"]
 

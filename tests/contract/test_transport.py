@@ -13,8 +13,8 @@ from kv_transfer.handover import EndReason
 from kv_transfer.transport import TransferFailed
 from kvrelay.engine.kv_cache import KvCache
 from kvrelay.v1 import kv_pb2
-from tests.contract.transport_kit import EPOCH, NUM_BLOCKS, TRANSPORTS, Pair, pair, until
-from tests.patience import SOON
+from tests.contract.transport_kit import EPOCH, NUM_BLOCKS, TRANSPORTS, Pair, pair
+from tests.patience import SOON, until
 
 TABLES = {
     "contiguous": (range(10, 30), range(5, 25)),

@@ -15,7 +15,8 @@ from kv_transfer.transport import TransferFailed
 from kvrelay.engine.pool_file import PoolFile
 from kvrelay.engine.sequence import BorrowedBlocks
 from kvrelay.v1 import kv_pb2
-from tests.contract.transport_kit import LAYOUT, NUM_BLOCKS, Decode, Pair, Prefill, Registry, decode_worker, until
+from tests.contract.transport_kit import LAYOUT, NUM_BLOCKS, Decode, Pair, Prefill, Registry, decode_worker
+from tests.patience import until
 
 BLOCKS = range(10, 18)
 

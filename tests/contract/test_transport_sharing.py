@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from kv_transfer.transport import TransferFailed
-from tests.contract.transport_kit import TRANSPORTS, Decode, Pair, decode_worker, pair, until
+from tests.contract.transport_kit import TRANSPORTS, Decode, Pair, decode_worker, pair
+from tests.patience import until
 
 NUM_BLOCKS = 10
 

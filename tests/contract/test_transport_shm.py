@@ -29,9 +29,8 @@ from tests.contract.transport_kit import (
     decode_worker,
     pair,
     prefill_process,
-    until,
 )
-from tests.patience import SOON
+from tests.patience import SOON, until
 
 
 @pytest.fixture

@@ -185,13 +185,6 @@ async def pair(preference: str, checksum: str = "full", num_blocks: int = NUM_BL
         yield Pair(prefill, decode)
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    """Waits for a condition that nobody announces."""
-    async with asyncio.timeout(SOON):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
-
-
 @contextlib.asynccontextmanager
 async def prefill_process() -> AsyncIterator[tuple[asyncio.subprocess.Process, WorkerRecord, bytes]]:
     """It grants blocks 0 to 15, of which 8 are final, and completes the prompt at the first line it reads."""

@@ -15,8 +15,9 @@ import pytest
 
 from kvrelay.cli import main
 from kvrelay.client import GenerateOptions, Stream
-from tests.e2e.cluster import Cluster, eventually
+from tests.e2e.cluster import Cluster
 from tests.e2e.processes import clean_environment, kvrelay
+from tests.patience import eventually
 
 PROMPT = "Once upon a time"
 NOBODY = "127.0.0.1:1"

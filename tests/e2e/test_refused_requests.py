@@ -27,7 +27,9 @@ from kvrelay.errors import (
 )
 from kvrelay.request import Chunk
 from tests.e2e.bad_inputs_kit import FOREVER, a_request, refusal
-from tests.e2e.cluster import Cluster, eventually, free_port
+from tests.e2e.cluster import Cluster
+from tests.patience import eventually
+from tests.ports import free_port
 
 pytest_plugins = ["tests.e2e.bad_inputs_kit"]
 pytestmark = pytest.mark.usefixtures("unharmed")

@@ -7,7 +7,6 @@ go on. Three gateways share the workers, so that each schedule can have prompts 
 import asyncio
 import contextlib
 import signal
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,10 +17,12 @@ from kvrelay.client import AsyncClient
 from kvrelay.errors import KvrelayError
 from kvrelay.request import ClusterStatus, WorkerState, WorkerStatus
 from tests.checkpoints import make_checkpoint
-from tests.e2e.cluster import free_port
+from tests.e2e.cluster import what_is_left
 from tests.faults.process import Member, Process, RedisServer
 from tests.faults.proxy import Link, Proxy
 from tests.faults.spans import SpanCollector
+from tests.patience import until
+from tests.ports import free_port
 
 __all__ = [
     "DECODE",
@@ -152,18 +153,12 @@ class Rig:
         status = await self.status()
         if status is None:
             return f"{self.gateway} does not answer"
-        left = [
-            f"{worker.id}: {worker.running} running, {worker.waiting} waiting, {worker.blocks_held} blocks held"
-            for worker in status.workers
-            if worker.state is WorkerState.READY
-            and (worker.running, worker.waiting, worker.blocks_total - worker.blocks_free) != (0, 0, 0)
-        ]
+        ready = (worker for worker in status.workers if worker.state is WorkerState.READY)
+        left = what_is_left(ready, status.queue)
         try:
             left += [f"held: {entry}" for entry in await self.client.held_blocks()]
         except KvrelayError:
             return f"{self.gateway} does not answer"
-        if (status.queue.running, status.queue.waiting) != (0, 0):
-            left.append(f"queue: {status.queue}")
         return "; ".join(left)
 
     def unexplained_ends(self) -> list[tuple[str, int]]:
@@ -176,11 +171,7 @@ class Rig:
 
     async def eventually(self, condition: Callable[[], Awaitable[object]], seconds: float, what: str) -> None:
         """Raises: AssertionError if the condition does not hold in time."""
-        deadline = time.monotonic() + seconds
-        while not await condition():
-            if time.monotonic() > deadline:
-                raise AssertionError(f"not within {seconds:g} s: {what}\n{self.logs()}")
-            await asyncio.sleep(POLL_SECONDS)
+        await until(condition, seconds, lambda: f"{what}\n{self.logs()}", pause=POLL_SECONDS)
 
     def logs(self) -> str:
         tails = []
@@ -216,8 +207,8 @@ async def start_rig(
         rig = Rig(folder, RedisServer(folder / "redis"), SpanCollector())
         cleanup.callback(rig.redis.end)
         rig.redis.start()
-        await rig.spans.start()
-        cleanup.push_async_callback(rig.spans.stop)
+        rig.spans.start()
+        cleanup.callback(rig.spans.stop)
         ports = _free_ports((*GATEWAYS, *WORKERS))
         for name in GATEWAYS:
             client = AsyncClient(f"127.0.0.1:{ports[name]}", timeout=30.0)

@@ -2,6 +2,7 @@
 
 import enum
 from dataclasses import dataclass, field
+from typing import Any
 
 from kv_transfer.handover import Handover
 from kv_transfer.leases import LeaseTable
@@ -51,12 +52,12 @@ class Spec:
         return PREFIXES[self.prefix][: self.length]
 
 
-CHOICES = {
+CHOICES: dict[str, list[Any]] = {
     "number": list(range(8)),
     "prefix": [0, 1],
     "length": [1, 2, 6, 9, 10, 12, 18],
     "max_tokens": [2, 3, 6],
-    "stop": [frozenset[int](), frozenset({3})],
+    "stop": [frozenset(), frozenset({3})],
 }
 
 

@@ -2,7 +2,6 @@
 
 import enum
 from dataclasses import dataclass, field
-from random import Random
 from typing import Any
 
 from kvrelay.engine.engine import Launched
@@ -53,10 +52,6 @@ CHOICES: dict[str, list[Any]] = {
     "stop": [set(), set(), set(), {3}, set(range(VOCABULARY))],
     "patience": [None, None, None, 0, 10, 30, 60],
 }
-
-
-def random_spec(random: Random) -> Spec:
-    return Spec(**{name: random.choice(values) for name, values in CHOICES.items()})
 
 
 @dataclass(eq=False)

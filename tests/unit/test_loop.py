@@ -16,7 +16,7 @@ from kvrelay.engine.scheduler import Scheduler
 from kvrelay.engine.sequence import Chunk, Role, Sequence
 from kvrelay.errors import AlreadyExists, DeadlineExceeded, Unavailable
 from kvrelay.request import Request, Sampling
-from tests.patience import SOON
+from tests.patience import SOON, eventually
 from tests.unit.scheduling import Bench
 from tests.unit.shared_pools import joined
 
@@ -329,5 +329,4 @@ def test_a_step_that_does_not_end_is_seen_from_outside(rig: Rig) -> None:
     assert rig.loop.step_seconds() > first > 0.0
     go_on.set()
     rig.wait_for(Finished, "a")
-    while rig.loop.step_seconds() > 0.0:  # the loop has delivered before it sleeps
-        time.sleep(0.001)
+    eventually(lambda: rig.loop.step_seconds() == 0.0)  # the loop has delivered before it sleeps

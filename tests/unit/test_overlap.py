@@ -13,9 +13,6 @@ from kvrelay.request import FinishReason, Token
 from tests.checkpoints import VOCAB_SIZE, greedy_oracle
 from tests.unit.engine_kit import Kit
 
-NewKit = Callable[..., Kit]
-
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

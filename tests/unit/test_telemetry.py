@@ -4,47 +4,22 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent import futures
 from typing import Any
 
-import grpc
 import pytest
 from opentelemetry import trace
-from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2, metrics_service_pb2_grpc
-from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 
 from kvrelay import telemetry
+from tests.otlp import Collector
 
 TRACE_ID, SPAN_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 TRACEPARENT = f"00-{TRACE_ID}-{SPAN_ID}-01"
 
 
-class Collector(trace_service_pb2_grpc.TraceServiceServicer, metrics_service_pb2_grpc.MetricsServiceServicer):
-    """What Jaeger is to kvrelay, as far as the wire goes."""
-
-    def __init__(self) -> None:
-        self.traces: list[Any] = []
-        self.metrics: list[Any] = []
-        self._server = grpc.server(futures.ThreadPoolExecutor(2))
-        trace_service_pb2_grpc.add_TraceServiceServicer_to_server(self, self._server)  # type: ignore[no-untyped-call]
-        metrics_service_pb2_grpc.add_MetricsServiceServicer_to_server(self, self._server)  # type: ignore[no-untyped-call]
-        self.endpoint = f"http://127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
-        self._server.start()
-
-    def stop(self) -> None:
-        self._server.stop(0).wait()
-
-    def Export(self, request: Any, context: grpc.ServicerContext) -> Any:
-        if isinstance(request, trace_service_pb2.ExportTraceServiceRequest):
-            self.traces += request.resource_spans
-            return trace_service_pb2.ExportTraceServiceResponse()
-        self.metrics += request.resource_metrics
-        return metrics_service_pb2.ExportMetricsServiceResponse()
-
-
 @pytest.fixture
 def collector() -> Iterator[Collector]:
     collector = Collector()
+    collector.start()
     yield collector
     collector.stop()
 
