@@ -1,16 +1,17 @@
 import json
 import os
-import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from opentelemetry import trace
+from opentelemetry import metrics, trace
 
 from kvrelay import telemetry
 from tests.otlp import Collector
+from tests.patience import SOON
 
 TRACE_ID, SPAN_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 TRACEPARENT = f"00-{TRACE_ID}-{SPAN_ID}-01"
@@ -95,10 +96,32 @@ def test_without_an_endpoint_nothing_is_loaded_and_the_clients_trace_is_carried_
     assert printed["parent"] == TRACEPARENT
 
 
-def test_shutdown_does_not_wait_for_a_collector_that_is_down() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as placeholder:
-        port = placeholder.getsockname()[1]
-    run(ONE_REQUEST, OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{port}", OTEL_EXPORTER_OTLP_TIMEOUT="1")
+class Unanswered:
+    """A provider whose collector says nothing until the test lets it."""
+
+    def __init__(self) -> None:
+        self.asked, self.answer, self.ended = (threading.Event() for _ in range(3))
+        self.keeps_the_process = False
+
+    def shutdown(self) -> None:
+        self.keeps_the_process = not threading.current_thread().daemon
+        self.asked.set()
+        self.answer.wait(SOON)
+        self.ended.set()
+
+
+def test_shutdown_does_not_wait_for_a_collector_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    providers = traces, counts = Unanswered(), Unanswered()
+    monkeypatch.setattr(trace, "get_tracer_provider", lambda: traces)
+    monkeypatch.setattr(metrics, "get_meter_provider", lambda: counts)
+    monkeypatch.setattr(telemetry, "SHUTDOWN_SECONDS", 0.01)
+    telemetry.shutdown()
+    try:
+        assert all(each.asked.wait(SOON) for each in providers)
+        assert not any(each.ended.is_set() or each.keeps_the_process for each in providers)
+    finally:
+        for each in providers:
+            each.answer.set()
 
 
 @pytest.mark.parametrize(
