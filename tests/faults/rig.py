@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import signal
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,8 @@ __all__ = [
     "GATEWAYS",
     "PREFILL",
     "REDIS",
-    "SETTINGS",
     "WORKERS",
     "Rig",
-    "make_model",
     "start_rig",
 ]
 
@@ -63,7 +61,7 @@ DECODE_SETTINGS: dict[str, dict[str, Any]] = {
     "decode-0": {"num_blocks": 256, "transport": "grpc", "checksum": "full"},
     "decode-1": {"num_blocks": 256, "transport": "auto", "checksum": "sampled"},
 }
-MAX_CONTEXT = 1024
+MAX_CONTEXT = 1024  # takes the longest of requests
 
 
 @dataclass(eq=False)
@@ -71,12 +69,14 @@ class Rig:
     """The cluster and what can be done to it. Belongs to one event loop.
 
     Attributes:
+        shares_pool: all workers have one pool; else each has its own.
         gateway: through which everything is asked.
     """
 
     folder: Path
     redis: RedisServer
     spans: SpanCollector
+    shares_pool: bool
     clients: dict[str, AsyncClient] = field(default_factory=dict)
     processes: dict[str, Process] = field(default_factory=dict)
     worker_proxies: dict[str, Proxy] = field(default_factory=dict)
@@ -188,23 +188,16 @@ class Rig:
             await asyncio.sleep(POLL_SECONDS)
 
 
-def make_model(folder: Path) -> Path:
-    """A checkpoint that takes the longest of requests, and as little time as possible."""
-    return make_checkpoint(folder / "model", "llama", num_hidden_layers=1, max_position_embeddings=MAX_CONTEXT)
-
-
 @contextlib.asynccontextmanager
-async def start_rig(
-    folder: Path, model: Path, decode_settings: Mapping[str, Mapping[str, Any]] = DECODE_SETTINGS, **settings: Any
-) -> AsyncIterator[Rig]:
+async def start_rig(folder: Path, *, shares_pool: bool = False, **more: Any) -> AsyncIterator[Rig]:
     """Two workers of each kind and three gateways; ends all of it, whatever happens.
 
     Args:
-        decode_settings: what a decode worker has of its own, by worker.
-        settings: of all workers, by their names in `kvrelay.settings`.
+        more: settings of all workers, by their names in `kvrelay.settings`.
     """
+    model = make_checkpoint(folder / "model", "llama", num_hidden_layers=1, max_position_embeddings=MAX_CONTEXT)
     async with contextlib.AsyncExitStack() as cleanup:
-        rig = Rig(folder, RedisServer(folder / "redis"), SpanCollector())
+        rig = Rig(folder, RedisServer(folder / "redis"), SpanCollector(), shares_pool)
         cleanup.callback(rig.redis.end)
         rig.redis.start()
         rig.spans.start()
@@ -218,8 +211,7 @@ async def start_rig(
         for proxy in (*rig.redis_proxies.values(), *rig.worker_proxies.values()):
             await proxy.start()
             cleanup.push_async_callback(proxy.stop)
-        own = {name: {**settings, **decode_settings.get(name, {})} for name in WORKERS}
-        for process in _processes(rig, ports, {"model": model, "run_dir": folder}, own):
+        for process in _processes(rig, ports, {"model": model, "run_dir": folder}, more):
             rig.processes[process.name] = process
             process.start()
             cleanup.callback(process.end)
@@ -240,20 +232,21 @@ def _free_ports(names: Sequence[str]) -> dict[str, int]:
 
 
 def _processes(
-    rig: Rig, ports: dict[str, int], shared: dict[str, Any], settings: dict[str, dict[str, Any]]
+    rig: Rig, ports: dict[str, int], shared: dict[str, Any], of_workers: dict[str, Any]
 ) -> Iterator[Process]:
     def process(name: str, own: dict[str, Any], environment: dict[str, str]) -> Process:
         redis = f"redis://127.0.0.1:{rig.redis_proxies[name].port}"
         flags = _flags({**shared, "redis": redis, "worker_id": name, **own})
         return Process(name, [name.partition("-")[0], *flags], rig.folder, environment)
 
-    known = {key: settings[WORKERS[0]][key] for key in ("block_size", "max_batched_tokens")}
+    known = {key: SETTINGS[key] for key in ("block_size", "max_batched_tokens")}
     for name in GATEWAYS:
         own = {"port": ports[name], "disaggregation": name.partition("-")[2], **known}
         yield process(name, own, rig.spans.environment)
     for name in WORKERS:
         address = {"worker_port": ports[name], "advertise_port": rig.worker_proxies[name].port}
-        yield process(name, settings[name] | address, {})
+        apart = {"shared_pool": rig.folder / "pool"} if rig.shares_pool else DECODE_SETTINGS.get(name, {})
+        yield process(name, {**SETTINGS, **apart, **of_workers, **address}, {})
 
 
 def _flags(settings: dict[str, object]) -> list[str]:
