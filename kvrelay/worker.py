@@ -104,7 +104,7 @@ async def run_worker(
     log.info("loaded %s in %.1f s", path, time.monotonic() - started)
     log.info("contexts of up to %d tokens; %s", runner.context_length, runner.spec.context_limit)
     engine = AsyncEngine(Engine(_scheduler(role, runner, settings), runner))
-    lease_seconds, interval = settings.cluster.lease_seconds, settings.cluster.heartbeat_seconds
+    lease_seconds, interval = settings.cluster.heartbeat_lease_seconds, settings.cluster.heartbeat_seconds
     directory = WorkerDirectory(redis, cluster_key, lease_seconds=lease_seconds, interval=interval)
     worker_id = settings.worker.worker_id or f"{role.value}-{socket.gethostname()}-{os.getpid()}"
     part = build(Resources(worker_id, settings, cluster_key, engine, runner, directory))
