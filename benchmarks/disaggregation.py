@@ -27,6 +27,7 @@ from typing import Any
 from benchmarks.checkpoints import CONTEXT_LENGTH, make
 from benchmarks.processes import REPOSITORY, cluster
 from benchmarks.results import Row, add_flags, measure, publish
+from kvrelay.bench.traces import HASH_BLOCK_TOKENS
 
 __all__ = ["TRAFFIC", "WAYS", "Traffic", "main", "write_trace"]
 
@@ -38,7 +39,6 @@ WAYS: Mapping[str, Mapping[str, object]] = {
 }
 SHORT_TOKENS, LONG_TOKENS, OUTPUT_TOKENS = 32, 1500, 64
 LONG_EVERY = 6
-HASH_BLOCK_TOKENS = 512  # of a Mooncake trace
 NUM_PREFIXES, PREFIX_BLOCKS = 4, 2
 WARM_UP_REQUESTS = 12
 LIMITS = {"--slo-ttft": 2.0, "--slo-gap": 0.2}

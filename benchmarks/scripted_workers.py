@@ -23,6 +23,7 @@ from kvrelay.control.registry import ModelInfo, WorkerLoad, WorkerRecord
 from kvrelay.lifetime import StopRequest
 from kvrelay.request import WorkerRole, WorkerState
 from kvrelay.rpc import Server, Service
+from kvrelay.settings import ClusterSettings
 from kvrelay.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
 
 __all__ = ["main"]
@@ -122,6 +123,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
         worker_pb2_grpc.add_DecodeServiceServicer_to_server,
         ScriptedDecode(arguments.steps_per_second),
     )
+    cluster = ClusterSettings()
     roles: Sequence[tuple[WorkerRole, Service]] = ((WorkerRole.PREFILL, prefill), (WorkerRole.DECODE, decode))
     async with contextlib.AsyncExitStack() as cleanup:
         redis = await connect(arguments.redis)
@@ -130,7 +132,9 @@ async def _serve(arguments: argparse.Namespace) -> None:
             server = Server(HOST, 0, [service])
             port = await server.start()
             cleanup.push_async_callback(server.stop)
-            registration = Registration(redis, key, _load)
+            registration = Registration(
+                redis, key, _load, lease_seconds=cluster.heartbeat_lease_seconds, interval=cluster.heartbeat_seconds
+            )
             await registration.start(WorkerRecord(f"scripted-{role.value}", role, f"{HOST}:{port}", os.getpid(), model))
             cleanup.push_async_callback(registration.withdraw)
         await stopping.wait()

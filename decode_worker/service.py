@@ -10,10 +10,8 @@ from decode_worker.intake import Intake
 from kv_transfer.choice import parse_required
 from kv_transfer.links import Links
 from kv_transfer.puller import Puller
-from kv_transfer.shm import offer_pool
 from kv_transfer.source import HandoverSource
 from kvrelay import failpoints, telemetry, wire
-from kvrelay.control.registry import ShmOffer
 from kvrelay.engine.events import Admitted, Event, Failed, Finished, HandedOver, Sampled, StepOutput
 from kvrelay.engine.sequence import Role
 from kvrelay.engine.sequence import Sequence as EngineSequence
@@ -21,7 +19,7 @@ from kvrelay.errors import Unavailable
 from kvrelay.request import LinkStatus, WorkerRole, WorkerState
 from kvrelay.rpc import Service, deadline_of
 from kvrelay.telemetry import Attribute, SpanName
-from kvrelay.v1 import kv_pb2_grpc, worker_pb2, worker_pb2_grpc
+from kvrelay.v1 import worker_pb2, worker_pb2_grpc
 from kvrelay.worker import Resources, check_epoch
 
 __all__ = ["DecodeWorker"]
@@ -36,18 +34,16 @@ class DecodeWorker(worker_pb2_grpc.DecodeServiceServicer):
         self.frames = FrameStreams()
         self.worker_id = resources.worker_id
         self.block_size = resources.runner.layout.block_size
-        self._cache = resources.runner.cache
-        self.source = HandoverSource(
-            self.worker_id, self.engine, self._cache, resources.cluster_key, transfer.lease_seconds
-        )
+        self._calls: dict[str, _DecodeCall] = {}  # by request id
+        key, cache = resources.cluster_key, resources.runner.cache
+        self.source = HandoverSource(self.worker_id, self.engine, cache, key, transfer.lease_seconds, self._calls)
         self._directory = resources.directory
         required = parse_required(transfer.require_transport)
-        self._links = Links(resources.directory, self.worker_id, self._cache, transfer.transport, required)
+        self._links = Links(resources.directory, self.worker_id, cache, transfer.transport, required)
         resources.directory.on_change(self._links.follow)
-        puller = Puller(self._links, self._cache, resources.cluster_key, transfer.checksum)
+        puller = Puller(self._links, cache, key, transfer.checksum)
         self.intake = Intake(self.engine, puller, engine.block_size, engine.max_batched_tokens)
         self.engine.on_step = self.frames.flush
-        self._calls: dict[str, _DecodeCall] = {}  # by request id
         self._leaving = False
 
     @property
@@ -55,7 +51,7 @@ class DecodeWorker(worker_pb2_grpc.DecodeServiceServicer):
         add = worker_pb2_grpc.add_DecodeServiceServicer_to_server
         return (
             Service("kvrelay.v1.DecodeService", add, self, work=("Decode",)),
-            Service("kvrelay.v1.KvService", kv_pb2_grpc.add_KvServiceServicer_to_server, self.source.service, work=()),
+            self.source.service,
         )
 
     def begin(self, epoch: int) -> None:
@@ -74,9 +70,6 @@ class DecodeWorker(worker_pb2_grpc.DecodeServiceServicer):
             for call in self._calls.values():
                 call.leave()
 
-    async def wait_released(self) -> None:
-        await self.source.leases.wait_empty()
-
     def _another_is_ready(self) -> bool:
         return any(
             entry.record.role is WorkerRole.DECODE
@@ -85,18 +78,8 @@ class DecodeWorker(worker_pb2_grpc.DecodeServiceServicer):
             for entry in self._directory.snapshot().values()
         )
 
-    def shared_memory(self) -> ShmOffer | None:
-        return offer_pool(self._cache)
-
     def links(self) -> Sequence[LinkStatus]:
         return self._links.status()
-
-    def owner(self, request_id: str) -> str:
-        call = self._calls.get(request_id)
-        return self.source.leases.owner(request_id) or ("" if call is None else call.gateway_id)
-
-    def lease_seconds(self, request_id: str) -> float | None:
-        return self.source.lease_seconds(request_id)
 
     async def Decode(self, request: worker_pb2.DecodeRequest, context: Any) -> worker_pb2.DecodeResponse:
         check_epoch(request.worker_epoch, self._links.epoch)

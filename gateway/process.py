@@ -51,7 +51,7 @@ async def run_gateway(settings: Settings, cluster_key: bytes) -> int:
     async with contextlib.AsyncExitStack() as cleanup:
         redis = await connect(settings.cluster.redis)
         cleanup.push_async_callback(redis.aclose)
-        lease_seconds, interval = settings.cluster.lease_seconds, settings.cluster.heartbeat_seconds
+        lease_seconds, interval = settings.cluster.heartbeat_lease_seconds, settings.cluster.heartbeat_seconds
         directory = WorkerDirectory(redis, cluster_key, lease_seconds=lease_seconds, interval=interval)
         disaggregation = Disaggregation(limits.disaggregation)
         fleet = Fleet(directory, gateway_id, model_id, disaggregation.roles)

@@ -10,7 +10,7 @@ from gateway.router_memory import PrefixIndex, Sent
 from kvrelay.errors import Unavailable
 from kvrelay.request import WorkerRole
 
-__all__ = ["Prompt", "Route", "Router", "WorkerView", "link_between"]
+__all__ = ["Prompt", "Route", "Router", "WorkerView"]
 
 
 @dataclass(frozen=True, slots=True)

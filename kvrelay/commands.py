@@ -120,18 +120,17 @@ def _as_json(chunk: Chunk) -> str:
 
 def _print_timings(chunk: Chunk, timings: Timings) -> None:
     usage = chunk.usage
-    num_tokens = usage.completion_tokens if usage else 0
-    decode = timings.total - timings.time_to_first_token - timings.transfer - timings.decode_queue
-    rows = [
-        ("queue", timings.gateway_queue + timings.prefill_queue, "gateway and prefill worker"),
-        ("prefill", timings.prefill, f"{usage.prompt_tokens} tokens, {usage.cached_tokens} cached" if usage else ""),
-        ("transfer", timings.transfer, "what overlap with prefill did not hide"),
-        ("decode", timings.decode_queue + decode, f"{num_tokens} tokens"),
-        ("total", timings.total, f"first token after {timings.time_to_first_token * 1000:.0f} ms"),
-    ]
+    remarks = {
+        "queue": "gateway and workers",
+        "prefill": f"{usage.prompt_tokens} tokens, {usage.cached_tokens} cached" if usage else "",
+        "transfer": "what overlap with prefill did not hide",
+        "decode": f"{usage.completion_tokens} tokens" if usage else "",
+        "other": "between them",
+        "total": f"first token after {timings.time_to_first_token * 1000:.0f} ms",
+    }
     print("\n", file=sys.stderr)
-    for name, seconds, remark in rows:
-        print(f"  {name:<9}{seconds * 1000:>9.1f} ms  {remark}", file=sys.stderr)
+    for name, seconds in (*timings.stages().items(), ("total", timings.total)):
+        print(f"  {name:<9}{seconds * 1000:>9.1f} ms  {remarks[name]}", file=sys.stderr)
 
 
 def _chat(arguments: argparse.Namespace) -> int:

@@ -134,6 +134,16 @@ class Timings:
     time_to_first_token: float = 0.0
     total: float = 0.0
 
+    def stages(self) -> dict[str, float]:
+        """Where the time went, in order; what is left of `total` is called other."""
+        stages = {
+            "queue": self.gateway_queue + self.prefill_queue + self.decode_queue,
+            "prefill": self.prefill,
+            "transfer": self.transfer,
+            "decode": max(0.0, self.total - self.time_to_first_token - self.transfer - self.decode_queue),
+        }
+        return {**stages, "other": max(0.0, self.total - sum(stages.values()))}
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:

@@ -65,7 +65,7 @@ class ClusterSettings:
         return self.detection_seconds / 8
 
     @property
-    def lease_seconds(self) -> float:
+    def heartbeat_lease_seconds(self) -> float:
         """How long a sign of life counts; the look that finds it missing comes within `detection_seconds`."""
         return self.detection_seconds * 3 / 4
 

@@ -50,12 +50,32 @@ class Resources:
     directory: WorkerDirectory
 
 
+class Source(Protocol):
+    """What a worker tells of the KV caches that it holds for others."""
+
+    async def wait_released(self) -> None:
+        """Until nothing is held for other workers."""
+
+    def shared_memory(self) -> ShmOffer | None:
+        """How other processes of this host reach the KV pool, if they are to."""
+
+    def owner(self, request_id: str) -> str:
+        """Who has to end what holds a request's blocks; empty for who has done so."""
+
+    def lease_seconds(self, request_id: str) -> float | None:
+        """Seconds until the lease on a request's blocks ends; None if no lease holds them."""
+
+
 class Part(Protocol):
     """What a prefill or a decode worker adds to what both have."""
 
     @property
     def services(self) -> Sequence[Service]:
         """Its gRPC services."""
+
+    @property
+    def source(self) -> Source:
+        """What it holds for others."""
 
     def begin(self, epoch: int) -> None:
         """The worker is registered, under this epoch; calls come from now on.
@@ -69,20 +89,8 @@ class Part(Protocol):
     def leave(self) -> None:
         """The worker drains: calls in progress are to end soon, and no new ones come."""
 
-    async def wait_released(self) -> None:
-        """Until nothing is held for other workers."""
-
-    def shared_memory(self) -> ShmOffer | None:
-        """How other processes of this host reach the KV pool, if they are to."""
-
     def links(self) -> Sequence[LinkStatus]:
         """How blocks reach this worker."""
-
-    def owner(self, request_id: str) -> str:
-        """Who has to end what holds a request's blocks; empty for who has done so."""
-
-    def lease_seconds(self, request_id: str) -> float | None:
-        """Seconds until the lease on a request's blocks ends; None if no lease holds them."""
 
 
 async def run_worker(
@@ -103,7 +111,7 @@ async def run_worker(
     log.info("loaded %s in %.1f s", path, time.monotonic() - started)
     log.info("contexts of up to %d tokens; %s", runner.context_length, runner.spec.context_limit)
     engine = AsyncEngine(Engine(_scheduler(role, runner, settings), runner))
-    lease_seconds, interval = settings.cluster.lease_seconds, settings.cluster.heartbeat_seconds
+    lease_seconds, interval = settings.cluster.heartbeat_lease_seconds, settings.cluster.heartbeat_seconds
     directory = WorkerDirectory(redis, cluster_key, lease_seconds=lease_seconds, interval=interval)
     worker_id = settings.worker.id_of(role.value)
     part = build(Resources(worker_id, settings, cluster_key, engine, runner, directory))
@@ -139,7 +147,7 @@ async def run_worker(
             await registration.heartbeat(worker.load())
             await asyncio.sleep(ANNOUNCE_SECONDS)
         part.leave()
-        await server.drain(settings.worker.drain_seconds if engine.alive else 0.0, until=part.wait_released)
+        await server.drain(settings.worker.drain_seconds if engine.alive else 0.0, until=part.source.wait_released)
     return 0 if stopping.is_set() else 1
 
 
@@ -238,7 +246,7 @@ class _Worker(worker_pb2_grpc.WorkerServiceServicer):
                 model_digest=runner.layout.model_digest.hex(),
                 block_bytes=runner.layout.block_bytes,
             ),
-            shm=self._part.shared_memory(),
+            shm=self._part.source.shared_memory(),
             max_batched_tokens=self._settings.engine.max_batched_tokens,
             itl_limit=self._settings.engine.itl_limit,
         )
@@ -285,8 +293,8 @@ class _Worker(worker_pb2_grpc.WorkerServiceServicer):
                 state=entry.state,
                 block_ids=entry.block_ids,
                 age_seconds=now - entry.since,
-                lease_seconds=self._part.lease_seconds(entry.request_id),
-                owner=self._part.owner(entry.request_id),
+                lease_seconds=self._part.source.lease_seconds(entry.request_id),
+                owner=self._part.source.owner(entry.request_id),
             )
             for entry in held
         ]

@@ -6,10 +6,8 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from kv_transfer.handover import EndReason, Handover
-from kv_transfer.shm import offer_pool
 from kv_transfer.source import HandoverSource
 from kvrelay import failpoints, telemetry, wire
-from kvrelay.control.registry import ShmOffer
 from kvrelay.engine.events import Admitted, Event, Failed, Finished, Progress, Sampled, StepOutput
 from kvrelay.engine.sequence import Role
 from kvrelay.engine.sequence import Sequence as EngineSequence
@@ -17,7 +15,7 @@ from kvrelay.errors import FailedPrecondition, KvrelayError
 from kvrelay.request import LinkStatus
 from kvrelay.rpc import Service, deadline_of
 from kvrelay.telemetry import Attribute, SpanName
-from kvrelay.v1 import kv_pb2_grpc, worker_pb2, worker_pb2_grpc
+from kvrelay.v1 import worker_pb2, worker_pb2_grpc
 from kvrelay.worker import Resources, check_epoch
 
 __all__ = ["PrefillWorker"]
@@ -37,21 +35,21 @@ class PrefillWorker(worker_pb2_grpc.PrefillServiceServicer):
         self.block_size = resources.runner.layout.block_size
         self.max_batched_tokens = resources.settings.engine.max_batched_tokens
         self.worker_id = resources.worker_id
-        self._cache = resources.runner.cache
+        self._calls: dict[str, _PrefillCall] = {}  # by request id
         self.source = HandoverSource(
             self.worker_id,
             self.engine,
-            self._cache,
+            resources.runner.cache,
             resources.cluster_key,
             resources.settings.transfer.lease_seconds,
+            self._calls,
         )
-        self._calls: dict[str, _PrefillCall] = {}  # by request id
 
     @property
     def services(self) -> Sequence[Service]:
         return (
             Service("kvrelay.v1.PrefillService", worker_pb2_grpc.add_PrefillServiceServicer_to_server, self),
-            Service("kvrelay.v1.KvService", kv_pb2_grpc.add_KvServiceServicer_to_server, self.source.service, work=()),
+            self.source.service,
         )
 
     def begin(self, epoch: int) -> None:
@@ -63,21 +61,8 @@ class PrefillWorker(worker_pb2_grpc.PrefillServiceServicer):
     def leave(self) -> None:
         """The calls in progress end with their handovers, by themselves."""
 
-    async def wait_released(self) -> None:
-        await self.source.leases.wait_empty()
-
-    def shared_memory(self) -> ShmOffer | None:
-        return offer_pool(self._cache)
-
     def links(self) -> Sequence[LinkStatus]:
         return ()
-
-    def owner(self, request_id: str) -> str:
-        call = self._calls.get(request_id)
-        return self.source.leases.owner(request_id) or ("" if call is None else call.gateway_id)
-
-    def lease_seconds(self, request_id: str) -> float | None:
-        return self.source.lease_seconds(request_id)
 
     async def Prefill(
         self, request: worker_pb2.PrefillRequest, context: Any

@@ -1,4 +1,4 @@
-"""What holds for all tests. It also lets every test import the helpers that lie beside it, such as `checkpoints`."""
+"""What holds for all tests."""
 
 import json
 import os
@@ -12,6 +12,9 @@ import torch
 
 import tests.exploring  # noqa: F401  (sets hypothesis up)
 from tests.checkpoints import make_checkpoint
+
+# What a helper asserts is explained as what a test asserts; here, because it must stand before any of them is imported.
+pytest.register_assert_rewrite("tests.contract", "tests.e2e", "tests.faults", "tests.unit")
 
 # Triton decides when it is imported, which transformers may do at any time.
 if not torch.cuda.is_available():

@@ -281,20 +281,8 @@ def _num_ended(records: Iterable[Record], window: float) -> int:
 
 def _stages(timings: Sequence[Timings]) -> dict[str, Stage]:
     """The stages follow one another, so that their shares sum up to 1."""
-    if not timings:
-        return {}
-    means = {name: float(np.mean([part(each) for each in timings])) for name, part in _PARTS.items()}
-    total = float(np.mean([each.total for each in timings]))
-    means["other"] = max(0.0, total - sum(means.values()))
+    stages = [each.stages() for each in timings]
+    names = stages[0] if stages else ()
+    means = {name: float(np.mean([each[name] for each in stages])) for name in names}
     whole = sum(means.values())
     return {name: Stage(mean, mean / whole if whole else 0.0) for name, mean in means.items()}
-
-
-_PARTS: dict[str, Callable[[Timings], float]] = {
-    "queue": lambda timings: timings.gateway_queue + timings.prefill_queue + timings.decode_queue,
-    "prefill": lambda timings: timings.prefill,
-    "transfer": lambda timings: timings.transfer,
-    "decode": lambda timings: max(
-        0.0, timings.total - timings.time_to_first_token - timings.transfer - timings.decode_queue
-    ),
-}

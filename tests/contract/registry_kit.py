@@ -1,6 +1,5 @@
 """One worker, its registration and a directory that reads it, for tests over a real Redis."""
 
-import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
@@ -15,7 +14,7 @@ from kvrelay.control.registry import (
     WorkerRecord,
 )
 from kvrelay.request import WorkerRole, WorkerState
-from tests.patience import SOON
+from tests.patience import until
 
 KEY = b"the cluster's key"
 MODEL = ModelInfo("demo", "LlamaForCausalLM", 2048, 4096, 16, "cd34")
@@ -50,8 +49,7 @@ def new_directory(redis: Redis) -> WorkerDirectory:
 
 
 async def until_gone(redis: Redis, key: str) -> None:
-    async with asyncio.timeout(SOON):
-        while True:
-            if not await redis.exists(key):
-                return
-            await asyncio.sleep(0.01)
+    async def is_gone() -> bool:
+        return not await redis.exists(key)
+
+    await until(is_gone, what=f"{key} is gone")

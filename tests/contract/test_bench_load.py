@@ -17,7 +17,7 @@ from kvrelay.v1 import inference_pb2 as pb
 from kvrelay.v1 import inference_pb2_grpc
 from tests.patience import SOON
 
-pytest_plugins = ["client_kit"]
+pytest_plugins = ["tests.contract.client_kit"]
 
 OPTIONS = RequestOptions(model="m", id_prefix="bench-x", temperature=0.5, seed=40, timeout=5.0)
 

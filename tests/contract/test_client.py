@@ -24,7 +24,7 @@ from kvrelay.request import (
 from kvrelay.v1 import inference_pb2 as pb
 from tests.contract.client_kit import Driver, Servicer
 
-pytest_plugins = ["client_kit"]
+pytest_plugins = ["tests.contract.client_kit"]
 
 LOGPROBS = (TokenLogprobs(6, -0.5), TokenLogprobs(7, -1.0, ((8, -0.25),)))
 USAGE, TIMINGS = Usage(4, 1, 3), Timings(prefill=0.5, total=2.0)

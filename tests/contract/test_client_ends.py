@@ -21,7 +21,7 @@ from kvrelay.request import Chunk
 from tests.contract.client_kit import ANSWER, Driver, Servicer
 from tests.patience import SOON
 
-pytest_plugins = ["client_kit"]
+pytest_plugins = ["tests.contract.client_kit"]
 
 
 # Errors

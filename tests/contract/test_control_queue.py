@@ -21,7 +21,7 @@ from kvrelay.errors import AlreadyExists, ResourceExhausted
 from kvrelay.request import QueueStatus
 from tests.contract.queue_kit import KEY, RUNNING, WAITING, counts, enter, fill, new_queue
 
-pytest_plugins = ["redis_kit", "queue_kit"]
+pytest_plugins = ["tests.contract.redis_kit", "tests.contract.queue_kit"]
 
 
 async def test_runs_then_waits_then_refuses(queue: RequestQueue) -> None:

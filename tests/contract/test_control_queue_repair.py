@@ -14,9 +14,9 @@ from kvrelay.control.private_redis import PrivateRedis
 from kvrelay.control.request_queue import Outcome, RequestQueue, Verdict
 from kvrelay.errors import AlreadyExists, ResourceExhausted, Unavailable
 from tests.contract.queue_kit import RUNNING, WAITING, counts, enter, fill, new_queue, poll_until
-from tests.patience import SOON
+from tests.patience import until
 
-pytest_plugins = ["redis_kit", "queue_kit"]
+pytest_plugins = ["tests.contract.redis_kit", "tests.contract.queue_kit"]
 
 
 async def test_wiped_redis_is_told_again(queue: RequestQueue, redis: Redis) -> None:
@@ -95,10 +95,12 @@ async def test_what_a_dead_gateway_has_finished_may_run_again(redis: Redis) -> N
 
 async def until_gone(queue: RequestQueue, redis: Redis, gateway_id: str) -> None:
     """Until the queue has taken notice that a gateway is silent."""
-    async with asyncio.timeout(SOON):
-        while await redis.zscore("kvrelay:queue:gateways", gateway_id) is not None:
-            await queue.poll()
-            await asyncio.sleep(0.02)
+
+    async def is_gone() -> bool:
+        await queue.poll()
+        return await redis.zscore("kvrelay:queue:gateways", gateway_id) is None
+
+    await until(is_gone, what=f"{gateway_id} is gone")
 
 
 async def test_entry_whose_reply_was_lost_can_be_repeated(

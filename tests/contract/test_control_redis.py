@@ -20,7 +20,7 @@ from kvrelay.control.script import Scripts
 from kvrelay.errors import ConfigurationError, Unavailable
 from tests.patience import SOON
 
-pytest_plugins = ["redis_kit"]
+pytest_plugins = ["tests.contract.redis_kit"]
 
 
 async def test_private_server_has_no_port_no_file_and_one_user(own_server: PrivateRedis) -> None:

@@ -5,8 +5,6 @@ from dataclasses import replace
 
 import pytest
 from redis.asyncio import Redis
-from redis_kit import until
-from registry_kit import BEAT, KEY, LOAD, MODEL, WORKER, until_gone
 
 from kvrelay.control.directory import WorkerDirectory
 from kvrelay.control.registration import Registration
@@ -18,9 +16,10 @@ from kvrelay.control.registry import (
     WorkerRecord,
     seal_lease,
 )
-from tests.patience import SOON
+from tests.contract.registry_kit import BEAT, KEY, LOAD, MODEL, WORKER, until_gone
+from tests.patience import SOON, until
 
-pytest_plugins = ["redis_kit", "registry_kit"]
+pytest_plugins = ["tests.contract.redis_kit", "tests.contract.registry_kit"]
 
 FOREIGN: dict[str, str | bytes] = {
     "another key": seal_lease(Lease(replace(WORKER, epoch=2**52), 1, LOAD), b"guess"),

@@ -14,8 +14,7 @@ from kvrelay.errors import Internal, Unavailable
 from kvrelay.request import WorkerRole
 from kvrelay.rpc import Server, Service
 from kvrelay.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
-from tests.contract.redis_kit import until
-from tests.patience import SOON
+from tests.patience import SOON, until
 
 MODEL = ModelInfo("model", "Llama", 64, 512, 16, "cd")
 NUM_TOKENS = 3

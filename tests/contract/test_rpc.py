@@ -8,11 +8,11 @@ import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from rpc_kit import NAME, NOT_SERVING, SERVING, Running, running
 
 from kvrelay import errors, rpc
 from kvrelay.errors import ConfigurationError, FieldViolation, Internal, KvrelayError, Unavailable
 from kvrelay.v1 import inference_pb2
+from tests.contract.rpc_kit import NAME, NOT_SERVING, SERVING, Running, running
 from tests.patience import SOON
 
 __all__ = ["running"]

@@ -3,11 +3,11 @@
 import asyncio
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from transport_kit import EPOCH, NUM_BLOCKS, TRANSPORTS, Pair, pair, until
 
 from kv_transfer import threads
 from kv_transfer.handover import EndReason
@@ -15,7 +15,8 @@ from kv_transfer.service import KvService
 from kv_transfer.transport import TransferFailed
 from kvrelay.engine.kv_cache import KvCache
 from kvrelay.v1 import kv_pb2
-from tests.patience import SOON
+from tests.contract.transport_kit import EPOCH, NUM_BLOCKS, TRANSPORTS, Pair, pair
+from tests.patience import SOON, until
 
 TABLES = {
     "contiguous": (range(10, 30), range(5, 25)),
@@ -165,12 +166,30 @@ async def test_cancelled_while_it_waits(workers: Pair) -> None:
     assert workers.same(range(10), range(10, 20))
 
 
+class Threads(ThreadPoolExecutor):
+    """Knows whether anything runs in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._futures: list[Future[Any]] = []
+
+    def submit(self, *arguments: Any, **more: Any) -> "Future[Any]":
+        self._futures.append(super().submit(*arguments, **more))
+        return self._futures[-1]
+
+    @property
+    def idle(self) -> bool:
+        return all(future.done() for future in self._futures)
+
+
 class Halt:
     """Stops the first write to a pool, which happens in a thread, until the test lets it go on."""
 
     def __init__(self, cache: KvCache, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(threads, "INLINE_BYTES", -1)
         self.entered, self.resume, self.left = threading.Event(), threading.Event(), threading.Event()
+        self.threads = Threads()
+        asyncio.get_running_loop().set_default_executor(self.threads)
         for name in ("block_view", "block_address", "write_blocks"):
             monkeypatch.setattr(cache, name, self._halting(getattr(cache, name)))
 
@@ -200,9 +219,10 @@ async def test_cancelled_in_the_middle_of_a_copy(workers: Pair, monkeypatch: pyt
     with pytest.raises(asyncio.CancelledError):
         await asyncio.wait_for(task, SOON)
     assert halt.left.is_set()
+    assert halt.threads.idle
     monkeypatch.undo()
     cache.write_blocks(range(8), bytes(8 * cache.layout.block_bytes))
-    await asyncio.sleep(0.05)
+    await asyncio.sleep(0.05)  # NIXL has threads of its own
     assert not any(cache.read_blocks(range(8)))
 
 

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from transport_kit import KEY, TRANSPORTS, Pair, pair
 
 from kv_transfer.sampling import CHECKSUM_MODES, verified_positions
 from kv_transfer.tickets import Ticket, sign_ticket
 from kv_transfer.transport import TransferFailed
 from kvrelay.errors import InvalidArgument
 from kvrelay.v1 import kv_pb2
+from tests.contract.transport_kit import KEY, TRANSPORTS, Pair, pair
 
 FULL, SAMPLED, OFF = CHECKSUM_MODES["full"], CHECKSUM_MODES["sampled"], CHECKSUM_MODES["off"]
 

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transport_kit import EPOCH, TRANSPORTS, Prefill, Registry, decode_worker, pair
 
 from kv_transfer.choice import FASTEST_FIRST, Choice, choose_transport, parse_required
 from kv_transfer.rate import LinkRate, measure_bandwidth, measure_latency
@@ -18,7 +17,8 @@ from kv_transfer.transport import TransferFailed
 from kvrelay.errors import ConfigurationError, FailedPrecondition, KvrelayError, Unavailable
 from kvrelay.rpc import open_channel, translated
 from kvrelay.v1 import kv_pb2, kv_pb2_grpc
-from tests.patience import SOON
+from tests.contract.transport_kit import EPOCH, TRANSPORTS, Prefill, Registry, decode_worker, pair
+from tests.patience import SOON, until
 
 
 class Fake:
@@ -263,8 +263,7 @@ async def test_waiting_for_prefill_is_not_receiving(transport: str, monkeypatch:
         workers.prefill.tamper = lambda event: arrived.set() or [event]
         task = asyncio.create_task(workers.decode.puller.pull(ticket, range(16), 0))
         await asyncio.wait_for(arrived.wait(), SOON)
-        while not workers.same(range(4), range(4)):  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
+        await until(lambda: workers.same(range(4), range(4)))
         now.seconds += 1000  # prefill takes its time
         handover.complete(42, workers.prefill.now)
         await task

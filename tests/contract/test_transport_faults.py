@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from transport_kit import EPOCH, KEY, LAYOUT, TRANSPORTS, Decode, Pair, Prefill, Registry, decode_worker, pair
 
 from kv_transfer.blocks import checksums
 from kv_transfer.tickets import open_ticket, sign_ticket
@@ -14,6 +13,18 @@ from kv_transfer.transport import TransferFailed
 from kvrelay.engine.kv_cache import KvCache
 from kvrelay.engine.kv_layout import KvLayout
 from kvrelay.v1 import kv_pb2
+from tests.contract.transport_kit import (
+    EPOCH,
+    KEY,
+    LAYOUT,
+    TRANSPORTS,
+    Decode,
+    Pair,
+    Prefill,
+    Registry,
+    decode_worker,
+    pair,
+)
 
 Events = list[kv_pb2.PullResponse]
 

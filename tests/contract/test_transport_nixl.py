@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from transport_kit import EPOCH, LAYOUT, NUM_BLOCKS, Registry, decode_worker, pair, prefill_process
 
 from kv_transfer import nixl_agent
 from kv_transfer.nixl import NixlReceiver
@@ -16,6 +15,7 @@ from kv_transfer.transport import TransferFailed
 from kvrelay.engine.kv_cache import KvCache
 from kvrelay.errors import FailedPrecondition
 from kvrelay.v1 import kv_pb2
+from tests.contract.transport_kit import EPOCH, LAYOUT, NUM_BLOCKS, Registry, decode_worker, pair, prefill_process
 
 needs_nixl = pytest.mark.skipif(nixl_problem() is not None, reason=str(nixl_problem()))
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transport_kit import LAYOUT, NUM_BLOCKS, Decode, Pair, Prefill, Registry, decode_worker, until
 
 from kv_transfer.handover import EndReason
 from kv_transfer.service import KvService
@@ -16,6 +15,8 @@ from kv_transfer.transport import TransferFailed
 from kvrelay.engine.pool_file import PoolFile
 from kvrelay.engine.sequence import BorrowedBlocks
 from kvrelay.v1 import kv_pb2
+from tests.contract.transport_kit import LAYOUT, NUM_BLOCKS, Decode, Pair, Prefill, Registry, decode_worker
+from tests.patience import until
 
 BLOCKS = range(10, 18)
 

@@ -6,9 +6,10 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from transport_kit import TRANSPORTS, Decode, Pair, decode_worker, pair, until
 
 from kv_transfer.transport import TransferFailed
+from tests.contract.transport_kit import TRANSPORTS, Decode, Pair, decode_worker, pair
+from tests.patience import until
 
 NUM_BLOCKS = 10
 

@@ -14,7 +14,15 @@ from typing import Any
 
 import pytest
 import torch
-from transport_kit import (
+
+from kv_transfer.shm import ShmReceiver, offer_pool
+from kv_transfer.transport import TransferFailed
+from kvrelay.engine.kv_cache import KvCache
+from kvrelay.errors import FailedPrecondition
+from kvrelay.host import host_id
+from kvrelay.wire import error_to_status
+from kvrelay.worker import own_memory
+from tests.contract.transport_kit import (
     EPOCH,
     LAYOUT,
     NUM_BLOCKS,
@@ -24,17 +32,8 @@ from transport_kit import (
     decode_worker,
     pair,
     prefill_process,
-    until,
 )
-
-from kv_transfer.shm import ShmReceiver, offer_pool
-from kv_transfer.transport import TransferFailed
-from kvrelay.engine.kv_cache import KvCache
-from kvrelay.errors import FailedPrecondition
-from kvrelay.host import host_id
-from kvrelay.wire import error_to_status
-from kvrelay.worker import own_memory
-from tests.patience import SOON
+from tests.patience import SOON, until
 
 
 @pytest.fixture

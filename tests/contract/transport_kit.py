@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -185,18 +184,11 @@ async def pair(preference: str, checksum: str = "full", num_blocks: int = NUM_BL
         yield Pair(prefill, decode)
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    """Waits for a condition that nobody announces."""
-    async with asyncio.timeout(SOON):
-        while not condition():  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
-
-
 @contextlib.asynccontextmanager
 async def prefill_process() -> AsyncIterator[tuple[asyncio.subprocess.Process, WorkerRecord, bytes]]:
     """It grants blocks 0 to 15, of which 8 are final, and completes the prompt at the first line it reads."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, str(Path(__file__).with_name("transport_process.py"))),
+        *(sys.executable, "-m", "tests.contract.transport_process"),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},

@@ -5,9 +5,8 @@ import dataclasses
 import json
 import sys
 
-from transport_kit import Prefill
-
 from kv_transfer.shm import offer_pool
+from tests.contract.transport_kit import Prefill
 
 
 async def main() -> None:

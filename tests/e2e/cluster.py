@@ -2,46 +2,34 @@
 
 import contextlib
 import os
-import secrets
 import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from kvrelay import Client
 from kvrelay.errors import KvrelayError
-from kvrelay.request import ClusterStatus, WorkerState
+from kvrelay.request import ClusterStatus, QueueStatus, WorkerState, WorkerStatus
 from tests.e2e.processes import clean_environment
+from tests.patience import eventually
+from tests.ports import free_port
 
-__all__ = ["Cluster", "eventually", "free_port", "start_cluster"]
+__all__ = ["Cluster", "start_cluster", "what_is_left"]
 
 START_SECONDS = 120.0
 STOP_SECONDS = 60.0
 
 
-def free_port() -> int:
-    """One that nobody has, of those that the system gives to nobody who asks for any."""
-    while True:
-        port = 20000 + secrets.randbelow(10000)
-        with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.bind(("127.0.0.1", port))
-            return port
-
-
-def eventually(condition: Callable[[], object], seconds: float, what: str) -> None:
-    """Waits until the condition holds.
-
-    Raises:
-        AssertionError: it did not in time.
-    """
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise AssertionError(f"not within {seconds:g} s: {what}")
-        time.sleep(0.02)
+def what_is_left(workers: Iterable[WorkerStatus], queue: QueueStatus) -> list[str]:
+    """What these workers still do and hold, and what still queues; empty if nothing runs and their pools are whole."""
+    left = [
+        f"{worker.id}: {worker.running} running, {worker.waiting} waiting, {worker.blocks_held} blocks held, "
+        f"{worker.blocks_free} of {worker.blocks_total} free"
+        for worker in workers
+        if any((worker.running, worker.waiting, worker.blocks_held, worker.blocks_total - worker.blocks_free))
+    ]
+    return [*left, f"queue: {queue}"] if queue.running or queue.waiting else left
 
 
 class Cluster:
@@ -78,13 +66,11 @@ class Cluster:
 
     def is_whole(self) -> bool:
         """Nothing runs, and every pool is whole."""
+        return not self.what_is_left()
+
+    def what_is_left(self) -> list[str]:
         status = self.status()
-        idle = all(
-            (worker.running, worker.waiting, worker.blocks_held) == (0, 0, 0)
-            and worker.blocks_free == worker.blocks_total
-            for worker in status.workers
-        )
-        return idle and (status.queue.running, status.queue.waiting) == (0, 0)
+        return what_is_left(status.workers, status.queue)
 
     def wait_ready(self) -> None:
         eventually(lambda: self.process.poll() is not None or self.is_ready(), START_SECONDS, "cluster ready")
@@ -92,7 +78,7 @@ class Cluster:
             raise AssertionError(f"`kvrelay up` ended with {self.process.returncode}\n{self.logs()}")
 
     def wait_whole(self, seconds: float = 10.0) -> None:
-        eventually(self.is_whole, seconds, "all pools whole")
+        eventually(self.is_whole, seconds, lambda: f"all pools whole; left: {self.what_is_left()}")
 
     def logs(self) -> str:
         """The end of each process's log."""

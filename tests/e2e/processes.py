@@ -10,7 +10,6 @@ from pathlib import Path
 
 __all__ = [
     "clean_environment",
-    "command_line",
     "descendants",
     "is_alive",
     "kvrelay",

@@ -13,7 +13,7 @@ from kvrelay.client import GenerateOptions
 from kvrelay.errors import KvrelayError
 from kvrelay.request import Chunk, FinishReason
 from tests.checkpoints import VOCAB_SIZE
-from tests.e2e.cluster import eventually
+from tests.patience import eventually
 
 LENGTH = 1500  # tokens of a completion that is seen while it runs
 LATE_LENGTH = 50

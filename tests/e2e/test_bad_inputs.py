@@ -38,7 +38,7 @@ from tests.e2e.bad_inputs_kit import (
 )
 from tests.e2e.cluster import Cluster
 
-pytest_plugins = ["bad_inputs_kit"]
+pytest_plugins = ["tests.e2e.bad_inputs_kit"]
 pytestmark = pytest.mark.usefixtures("unharmed")
 
 NAN, INFINITY = float("nan"), float("inf")

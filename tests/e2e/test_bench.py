@@ -13,8 +13,9 @@ import pytest
 from kvrelay import Client
 from kvrelay.bench.arrivals import RandomArrivals
 from kvrelay.bench.workload import Job, Purpose, generator
-from tests.e2e.cluster import Cluster, eventually
+from tests.e2e.cluster import Cluster
 from tests.e2e.processes import clean_environment, kvrelay
+from tests.patience import eventually
 
 
 @pytest.fixture

@@ -15,8 +15,9 @@ import pytest
 
 from kvrelay.cli import main
 from kvrelay.client import GenerateOptions, Stream
-from tests.e2e.cluster import Cluster, eventually
+from tests.e2e.cluster import Cluster
 from tests.e2e.processes import clean_environment, kvrelay
+from tests.patience import eventually
 
 PROMPT = "Once upon a time"
 NOBODY = "127.0.0.1:1"
@@ -89,7 +90,7 @@ def test_generate_as_json_is_one_object_a_line(target: str, capsys: Output) -> N
 def test_timings_go_to_stderr(target: str, capsys: Output) -> None:
     assert main(["generate", PROMPT, "--target", target, "--max-tokens", "5", "--timings"]) == 0
     error = capsys.readouterr().err
-    for stage in ("queue", "prefill", "transfer", "decode", "total"):
+    for stage in ("queue", "prefill", "transfer", "decode", "other", "total"):
         assert re.search(rf"^  {stage} +\d+\.\d ms", error, re.MULTILINE)
 
 

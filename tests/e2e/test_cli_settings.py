@@ -12,8 +12,10 @@ from redis import Redis
 from kvrelay.cli import main
 from kvrelay.control.private_redis import PrivateRedis
 from kvrelay.engine import kv_cache
-from tests.e2e.cluster import Cluster, eventually, free_port, start_cluster
+from tests.e2e.cluster import Cluster, start_cluster
 from tests.e2e.processes import kvrelay
+from tests.patience import eventually
+from tests.ports import free_port
 
 Output = pytest.CaptureFixture[str]
 

@@ -3,16 +3,16 @@
 import json
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster import free_port
-from docker_kit import docker_daemon, import_stand_in, run, why_no_daemon
 
 from kvrelay import Client, Unavailable
+from tests.e2e.docker_kit import docker_daemon, import_stand_in, run, why_no_daemon
+from tests.patience import eventually
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 PUBLIC_IMAGES = ("python:3.11-slim-bookworm", "python:3.11-bookworm", "redis:7.2-bookworm")
@@ -55,14 +55,6 @@ def has_compose_plugin() -> bool:
     return subprocess.run(["docker", "compose", "version"], capture_output=True, check=False).returncode == 0
 
 
-def wait_until(condition: Callable[[], bool], seconds: float, what: Callable[[], object]) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"after {seconds:g} s: {what()}")
-        time.sleep(0.5)
-
-
 @pytest.fixture(scope="module")
 def compose() -> Iterator[Compose]:
     with docker_daemon() as host:
@@ -92,19 +84,22 @@ def test_image_has_the_compiled_kernels(compose: Compose) -> None:
 
 
 def test_cluster_generates_scales_and_stops(compose: Compose) -> None:
-    def all_healthy(count: int) -> bool:
-        found = [health(container) for container in compose.containers().values()]
-        return len(found) == count and set(found) == {"healthy"}
+    def wait_healthy(count: int, seconds: float) -> None:
+        def all_healthy() -> bool:
+            found = [health(container) for container in compose.containers().values()]
+            return len(found) == count and set(found) == {"healthy"}
+
+        eventually(all_healthy, seconds, lambda: compose("ps") + compose("logs", "--tail=20"), pause=0.5)
 
     compose("up", "--detach", "--no-build")
-    wait_until(lambda: all_healthy(4), 180, lambda: compose("ps") + compose("logs", "--tail=20"))
+    wait_healthy(4, 180)
     assert_only_loopback_is_published(compose)
     with Client(f"127.0.0.1:{compose.port}", timeout=60) as client:
         first = client.complete("Once upon a time", max_tokens=24, temperature=0, ignore_eos=True)
         assert len(first.token_ids) == 24
         assert first.text.strip()
         compose("up", "--detach", "--no-build", "--no-recreate", "--scale", "decode=2")
-        wait_until(lambda: all_healthy(5), 120, lambda: compose("ps") + compose("logs", "--tail=20"))
+        wait_healthy(5, 120)
         assert ready_workers(compose.port) == {"prefill": 1, "decode": 2}
         again = [client.complete("Once upon a time", max_tokens=24, temperature=0, ignore_eos=True) for _ in range(4)]
         assert {result.token_ids for result in again} == {first.token_ids}

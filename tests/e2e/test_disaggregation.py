@@ -13,9 +13,12 @@ import pytest
 from kvrelay import Client
 from kvrelay.request import FinishReason, Timings, Usage
 from tests.checkpoints import VOCAB_SIZE, greedy_oracle, make_checkpoint
-from tests.e2e.cluster import Cluster, eventually, start_cluster
+from tests.e2e.cluster import Cluster, start_cluster
+from tests.e2e.receiver import ALL_SPANS, DECODE_SPANS, GATEWAY_SPANS, PREFILL_SPANS, Receiver
 from tests.e2e.test_equality import complete_all, mixed_prompts
-from tests.e2e.test_traces import ALL_SPANS, DECODE_SPANS, GATEWAY_SPANS, PREFILL_SPANS, Receiver
+from tests.patience import eventually
+
+pytest_plugins = ["tests.e2e.receiver"]
 
 GREEDY: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
 FOREVER: dict[str, Any] = {**GREEDY, "max_tokens": 8192}
@@ -97,19 +100,11 @@ def check_accounted(usage: Usage | None, timings: Timings | None) -> None:
     assert 0 < timings.time_to_first_token <= timings.total
 
 
-@pytest.fixture
-def receiver() -> Iterator[Receiver]:
-    receiver = Receiver()
-    receiver.start()
-    yield receiver
-    receiver.stop()
-
-
 def test_short_prompts_stay_and_long_ones_beside_running_streams_move(
     tmp_path: Path, tiny_llama: Path, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{receiver.port}")
-    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
+    for name, value in receiver.environment.items():
+        monkeypatch.setenv(name, value)
     with start_cluster(tmp_path / "run", tiny_llama, num_blocks=4096, disaggregation="auto") as cluster:
         with cluster.client() as client, ThreadPoolExecutor(NUM_STREAMS) as threads:
             short = client.complete(token_ids=prompt_of(8), max_tokens=5, **GREEDY)

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
+from benchmarks.processes import resident_bytes
 from kvrelay import Client
 from kvrelay.client import GenerateOptions
 from kvrelay.errors import Unavailable
 from kvrelay.request import WorkerState
-from tests.e2e.cluster import START_SECONDS, Cluster, eventually, start_cluster
+from tests.e2e.cluster import START_SECONDS, Cluster, start_cluster
 from tests.e2e.processes import is_alive, private_redis, silent
 from tests.e2e.readings import (
     GREEDY,
@@ -31,6 +32,7 @@ from tests.e2e.readings import (
     on_worker,
     running,
 )
+from tests.patience import eventually
 
 NOTICE_SECONDS = 2.0  # after which a client has its error
 BLOCK_SIZE, NUM_BLOCKS = 16, 600
@@ -266,7 +268,3 @@ def test_clients_that_do_not_read(cluster: Cluster, client: Client) -> None:
         assert sum(len(chunk.token_ids) for chunk in streams[0]) + 1 >= num_tokens
         for stream in streams:
             stream.close()
-
-
-def resident_bytes(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -19,8 +19,9 @@ from kvrelay import Client
 from kvrelay.client import Stream
 from kvrelay.errors import KvrelayError, Unavailable
 from kvrelay.request import FinishReason, WorkerState
-from tests.e2e.cluster import START_SECONDS, STOP_SECONDS, Cluster, eventually, start_cluster
+from tests.e2e.cluster import START_SECONDS, STOP_SECONDS, Cluster, start_cluster
 from tests.e2e.processes import clean_environment, descendants, is_alive, kvrelay, silent, worker_process
+from tests.patience import eventually
 
 LENGTH = 4000  # of a completion that runs for seconds
 

@@ -27,9 +27,11 @@ from kvrelay.errors import (
 )
 from kvrelay.request import Chunk
 from tests.e2e.bad_inputs_kit import FOREVER, a_request, refusal
-from tests.e2e.cluster import Cluster, eventually, free_port
+from tests.e2e.cluster import Cluster
+from tests.patience import eventually
+from tests.ports import free_port
 
-pytest_plugins = ["bad_inputs_kit"]
+pytest_plugins = ["tests.e2e.bad_inputs_kit"]
 pytestmark = pytest.mark.usefixtures("unharmed")
 
 MAX_RUNNING, MAX_WAITING, REPLAY_REQUESTS = 8, 8, 8  # of the shared cluster

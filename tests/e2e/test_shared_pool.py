@@ -11,8 +11,9 @@ import pytest
 
 from kvrelay import Client
 from kvrelay.client import Stream
-from tests.e2e.cluster import START_SECONDS, Cluster, eventually, start_cluster
+from tests.e2e.cluster import START_SECONDS, Cluster, start_cluster
 from tests.e2e.processes import is_alive, kvrelay
+from tests.patience import eventually
 
 NUM_BLOCKS = 512
 LENGTH = 3000  # of a completion that runs for seconds

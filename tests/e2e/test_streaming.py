@@ -16,7 +16,8 @@ from kvrelay.client import Completion
 from kvrelay.errors import DeadlineExceeded, NotFound
 from kvrelay.request import Chunk, FinishReason, Timings
 from tests.checkpoints import oracle_logits
-from tests.e2e.cluster import Cluster, eventually
+from tests.e2e.cluster import Cluster
+from tests.patience import eventually
 
 PROMPT = "Once upon a time"
 GREEDY: dict[str, Any] = {"temperature": 0, "ignore_eos": True}

@@ -4,130 +4,18 @@ import contextlib
 import json
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import grpc
 import pytest
-from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2, metrics_service_pb2_grpc
-from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
-from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from kvrelay import Client
 from kvrelay.errors import DeadlineExceeded
-from tests.e2e.cluster import Cluster, eventually, free_port, start_cluster
+from tests.e2e.cluster import Cluster, start_cluster
+from tests.e2e.receiver import ALL_SPANS, ARRIVAL_SECONDS, DECODE_SPANS, GATEWAY_SPANS, PREFILL_SPANS, Receiver
+from tests.patience import eventually
 
-GATEWAY_SPANS = {"kvrelay.generate", "kvrelay.tokenize", "kvrelay.gateway_queue"}
-PREFILL_SPANS = {"kvrelay.prefill_queue", "kvrelay.prefill"}
-DECODE_SPANS = {"kvrelay.transfer", "kvrelay.decode_queue", "kvrelay.decode"}
-ALL_SPANS = GATEWAY_SPANS | PREFILL_SPANS | DECODE_SPANS
-ARRIVAL_SECONDS = 15.0
-
-
-@dataclass(frozen=True)
-class Received:
-    """A span, and the service and the process that sent it."""
-
-    service: str
-    instance: str
-    span: Span
-
-    @property
-    def attributes(self) -> dict[str, Any]:
-        return {entry.key: getattr(entry.value, str(entry.value.WhichOneof("value"))) for entry in self.span.attributes}
-
-
-class Receiver:
-    """A collector that keeps everything; may be stopped and started again on its port."""
-
-    def __init__(self) -> None:
-        self.port = free_port()
-        self.requests: list[bytes] = []
-        self.metric_names: set[str] = set()
-        self._spans: list[Received] = []
-        self._lock = threading.Lock()
-        self._server: grpc.Server | None = None
-
-    def start(self) -> None:
-        self._server = grpc.server(ThreadPoolExecutor(4))
-        add_traces: Any = trace_service_pb2_grpc.add_TraceServiceServicer_to_server
-        add_traces(_Traces(self), self._server)
-        add_metrics: Any = metrics_service_pb2_grpc.add_MetricsServiceServicer_to_server
-        add_metrics(_Metrics(self), self._server)
-        assert self._server.add_insecure_port(f"127.0.0.1:{self.port}") == self.port
-        self._server.start()
-
-    def stop(self) -> None:
-        if self._server is not None:
-            self._server.stop(None).wait()
-
-    def take_traces(self, request: trace_service_pb2.ExportTraceServiceRequest) -> None:
-        with self._lock:
-            self.requests.append(request.SerializeToString())
-            for resource in request.resource_spans:
-                names = {entry.key: entry.value.string_value for entry in resource.resource.attributes}
-                for scope in resource.scope_spans:
-                    sender = names["service.name"], names["service.instance.id"]
-                    self._spans += [Received(*sender, span) for span in scope.spans]
-
-    def take_metrics(self, request: metrics_service_pb2.ExportMetricsServiceRequest) -> None:
-        with self._lock:
-            self.requests.append(request.SerializeToString())
-            for resource in request.resource_metrics:
-                for scope in resource.scope_metrics:
-                    self.metric_names |= {metric.name for metric in scope.metrics}
-
-    def trace_of(self, request_id: str, names: set[str] = ALL_SPANS) -> dict[str, Received]:
-        """The spans of a request's trace by name, once all of these are there."""
-        deadline = time.monotonic() + ARRIVAL_SECONDS
-        while not {each.span.name for each in self._trace(request_id)} >= names:
-            assert time.monotonic() < deadline, [each.span.name for each in self._trace(request_id)]
-            time.sleep(0.02)
-        trace = self._trace(request_id)
-        found = {each.span.name: each for each in trace}
-        assert len(trace) == len(found), "a span came twice"
-        return found
-
-    def spans(self) -> list[Received]:
-        with self._lock:
-            return list(self._spans)
-
-    def _trace(self, request_id: str) -> list[Received]:
-        spans = self.spans()
-        roots = [each for each in spans if each.span.name == "kvrelay.generate"]
-        trace_ids = {each.span.trace_id for each in roots if each.attributes["kvrelay.request_id"] == request_id}
-        return [each for each in spans if each.span.trace_id in trace_ids]
-
-
-class _Traces(trace_service_pb2_grpc.TraceServiceServicer):
-    def __init__(self, receiver: Receiver) -> None:
-        self._receiver = receiver
-
-    def Export(self, request: Any, context: Any) -> trace_service_pb2.ExportTraceServiceResponse:
-        self._receiver.take_traces(request)
-        return trace_service_pb2.ExportTraceServiceResponse()
-
-
-class _Metrics(metrics_service_pb2_grpc.MetricsServiceServicer):
-    def __init__(self, receiver: Receiver) -> None:
-        self._receiver = receiver
-
-    def Export(self, request: Any, context: Any) -> metrics_service_pb2.ExportMetricsServiceResponse:
-        self._receiver.take_metrics(request)
-        return metrics_service_pb2.ExportMetricsServiceResponse()
-
-
-@pytest.fixture(scope="module")
-def receiver() -> Iterator[Receiver]:
-    receiver = Receiver()
-    receiver.start()
-    yield receiver
-    receiver.stop()
+pytest_plugins = ["tests.e2e.receiver"]
 
 
 @pytest.fixture(scope="module")
@@ -136,9 +24,8 @@ def traced(receiver: Receiver, tiny_llama: Path, tmp_path_factory: pytest.TempPa
     run_dir = tmp_path_factory.mktemp("traced") / "run"
     with contextlib.ExitStack() as cleanup:
         with pytest.MonkeyPatch.context() as environment:
-            environment.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{receiver.port}")
-            environment.setenv("OTEL_BSP_SCHEDULE_DELAY", "50")
-            environment.setenv("OTEL_METRIC_EXPORT_INTERVAL", "500")
+            for name, value in receiver.environment.items():
+                environment.setenv(name, value)
             cluster = cleanup.enter_context(start_cluster(run_dir, tiny_llama, num_blocks=1024))
         # Until the decode worker knows the prefill worker from the registry, it computes the prompts itself.
         eventually(lambda: are_paired(cluster), 10, "the workers are paired")
@@ -248,7 +135,8 @@ def test_what_was_said_stays_out_of_spans_and_metrics(client: Client, receiver: 
     expected = {"kvrelay.requests", "kvrelay.completion_tokens", "kvrelay.time_to_first_token"}
     eventually(lambda: receiver.metric_names >= expected, ARRIVAL_SECONDS, "metrics")
     words = [secret, result.text[:16], result.text[16:32]]
-    for data in list(receiver.requests):
+    for sent in (*receiver.traces, *receiver.metrics):
+        data = sent.SerializeToString()
         assert not [word for word in words if word.encode() in data]
 
 

@@ -45,7 +45,7 @@ class CancelReport:
         return self.ends.total() - self.ends[DONE]
 
     @property
-    def faults(self) -> list[str]:
+    def violations(self) -> list[str]:
         """What went against the promise; empty if all is well."""
         started_anew = [name for name, worker in self.after.items() if worker.pid != self.before[name].pid]
         return [f"{name} has started anew" for name in started_anew]
@@ -57,7 +57,7 @@ class CancelReport:
             f"{self.before[name].memory_bytes >> 20} MiB before and {worker.memory_bytes >> 20} MiB after"
             for name, worker in self.after.items()
         ]
-        return "\n".join([f"{self.num_given_up} given up in {self.seconds:.0f} s: {ways}", *workers, *self.faults])
+        return "\n".join([f"{self.num_given_up} given up in {self.seconds:.0f} s: {ways}", *workers, *self.violations])
 
 
 async def cancel_many(rig: Rig, count: int, seed: int) -> CancelReport:

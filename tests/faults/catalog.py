@@ -5,7 +5,7 @@ from random import Random
 from kvrelay.client import GenerateOptions
 from tests.checkpoints import VOCAB_SIZE
 
-__all__ = ["CATALOG", "LONG", "SHORT", "WIDE", "WIDE_TOKENS"]
+__all__ = ["CATALOG", "LONG", "SHORT", "WIDE"]
 
 # More than half of a decode worker's pool, so that its blocks are taken when the prompt's last chunk is announced.
 WIDE_TOKENS = 520

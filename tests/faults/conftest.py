@@ -9,13 +9,12 @@ import pytest
 import pytest_asyncio
 
 from tests.faults.play import References, record
-from tests.faults.rig import SETTINGS, Rig, make_model, start_rig
+from tests.faults.rig import Rig, start_rig
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def rig(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Rig]:
-    folder = tmp_path_factory.mktemp("faults")
-    async with start_rig(folder, make_model(folder), **SETTINGS) as rig:
+    async with start_rig(tmp_path_factory.mktemp("faults")) as rig:
         yield rig
 
 

@@ -8,7 +8,7 @@ from kvrelay.errors import KvrelayError
 from kvrelay.request import Chunk, FinishReason, TokenLogprobs
 from tests.faults.faults import Fault, Kind
 
-__all__ = ["Excuse", "Outcome", "excuses", "faults_of", "too_many_defects"]
+__all__ = ["Excuse", "Outcome", "excuses", "too_many_defects", "violations_of"]
 
 LOGPROB_TOLERANCE = 1e-3
 REPLACEMENT = "\ufffd"  # stands for bytes that are no character
@@ -96,7 +96,7 @@ def too_many_defects(outcomes: Iterable[Outcome], faults: Iterable[Fault]) -> li
     return [f"a defect of one request failed others: {failed}"] if len(failed) > num_raised else []
 
 
-def faults_of(outcome: Outcome, expected: Completion, allowed: Sequence[Excuse]) -> list[str]:
+def violations_of(outcome: Outcome, expected: Completion, allowed: Sequence[Excuse]) -> list[str]:
     """What no client should ever have seen; empty if all is well.
 
     Args:

@@ -10,12 +10,12 @@ from kvrelay.client import Completion
 from kvrelay.errors import KvrelayError, Unavailable
 from tests.faults.catalog import CATALOG
 from tests.faults.faults import Fault, Kind
-from tests.faults.history import Outcome, excuses, faults_of, too_many_defects
+from tests.faults.history import Outcome, excuses, too_many_defects, violations_of
 from tests.faults.rig import DECODE, PREFILL, WORKERS, Rig
 from tests.faults.schedules import Schedule
 from tests.faults.strikes import Strike
 
-__all__ = ["Report", "play", "record"]
+__all__ = ["References", "Report", "check_promises", "play", "record"]
 
 REQUEST_SECONDS = 40.0  # a guard: what takes so long hangs
 AGAIN_SECONDS = 30.0  # the same, for a gateway or Redis to be back
@@ -33,14 +33,14 @@ class Report:
     Attributes:
         met: whether each fault met anybody.
         num_errors: requests that ended with an error that is allowed.
-        faults: what went against the promises.
+        violations: what went against the promises.
     """
 
     schedule: Schedule
     met: tuple[bool, ...]
     num_errors: int
     seconds: float
-    faults: tuple[str, ...]
+    violations: tuple[str, ...]
 
     @property
     def struck(self) -> bool:
@@ -49,7 +49,7 @@ class Report:
 
     def __str__(self) -> str:
         met = "" if all(self.met) else " (one met nobody)" if self.struck else " (met nobody)"
-        lines = [f"{self.schedule}{met}: {self.num_errors} errors, {self.seconds:.1f} s", *self.faults]
+        lines = [f"{self.schedule}{met}: {self.num_errors} errors, {self.seconds:.1f} s", *self.violations]
         return "\n    ".join(lines)
 
 
@@ -76,20 +76,28 @@ async def play(rig: Rig, schedule: Schedule, references: References, *, run: str
         return await _play(rig, schedule, references, run)
 
 
+def check_promises(rig: Rig, reports: Sequence[Report]) -> None:
+    """Raises AssertionError with what went against them, and how those schedules are played again."""
+    bad = [report for report in reports if report.violations]
+    flags = "--shared-pool --seed" if rig.shares_pool else "--seed"
+    again = f"again: scripts/faults {flags} {' '.join(str(report.schedule.seed) for report in bad)}"
+    assert not bad, "\n".join([*map(str, bad), rig.logs(), again])
+
+
 async def _play(rig: Rig, schedule: Schedule, references: References, run: str) -> Report:
     started = time.monotonic()
     player = _Player(rig, schedule, run)
     await player.play()
-    faults = []
+    violations = []
     for outcome in player.outcomes:
-        faults += faults_of(outcome, references[outcome.ask], excuses(player.met, outcome.index))
-    faults += too_many_defects(player.outcomes, player.met)
+        violations += violations_of(outcome, references[outcome.ask], excuses(player.met, outcome.index))
+    violations += too_many_defects(player.outcomes, player.met)
     for outcome in player.asked_again:
-        faults += faults_of(outcome, references[outcome.ask], ())
-    faults += await _drained(player)
-    faults += await _left(rig, player)
+        violations += violations_of(outcome, references[outcome.ask], ())
+    violations += await _drained(player)
+    violations += await _left(rig, player)
     num_errors = sum(outcome.error is not None for outcome in player.outcomes)
-    return Report(schedule, player.struck(), num_errors, time.monotonic() - started, tuple(faults))
+    return Report(schedule, player.struck(), num_errors, time.monotonic() - started, tuple(violations))
 
 
 async def _prepare(rig: Rig, schedule: Schedule) -> None:

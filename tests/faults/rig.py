@@ -7,9 +7,8 @@ go on. Three gateways share the workers, so that each schedule can have prompts 
 import asyncio
 import contextlib
 import signal
-import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,12 @@ from kvrelay.client import AsyncClient
 from kvrelay.errors import KvrelayError
 from kvrelay.request import ClusterStatus, WorkerState, WorkerStatus
 from tests.checkpoints import make_checkpoint
-from tests.e2e.cluster import free_port
+from tests.e2e.cluster import what_is_left
 from tests.faults.process import Member, Process, RedisServer
 from tests.faults.proxy import Link, Proxy
 from tests.faults.spans import SpanCollector
+from tests.patience import until
+from tests.ports import free_port
 
 __all__ = [
     "DECODE",
@@ -29,10 +30,8 @@ __all__ = [
     "GATEWAYS",
     "PREFILL",
     "REDIS",
-    "SETTINGS",
     "WORKERS",
     "Rig",
-    "make_model",
     "start_rig",
 ]
 
@@ -62,7 +61,7 @@ DECODE_SETTINGS: dict[str, dict[str, Any]] = {
     "decode-0": {"num_blocks": 256, "transport": "grpc", "checksum": "full"},
     "decode-1": {"num_blocks": 256, "transport": "auto", "checksum": "sampled"},
 }
-MAX_CONTEXT = 1024
+MAX_CONTEXT = 1024  # takes the longest of requests
 
 
 @dataclass(eq=False)
@@ -70,12 +69,14 @@ class Rig:
     """The cluster and what can be done to it. Belongs to one event loop.
 
     Attributes:
+        shares_pool: all workers have one pool; else each has its own.
         gateway: through which everything is asked.
     """
 
     folder: Path
     redis: RedisServer
     spans: SpanCollector
+    shares_pool: bool
     clients: dict[str, AsyncClient] = field(default_factory=dict)
     processes: dict[str, Process] = field(default_factory=dict)
     worker_proxies: dict[str, Proxy] = field(default_factory=dict)
@@ -152,18 +153,12 @@ class Rig:
         status = await self.status()
         if status is None:
             return f"{self.gateway} does not answer"
-        left = [
-            f"{worker.id}: {worker.running} running, {worker.waiting} waiting, {worker.blocks_held} blocks held"
-            for worker in status.workers
-            if worker.state is WorkerState.READY
-            and (worker.running, worker.waiting, worker.blocks_total - worker.blocks_free) != (0, 0, 0)
-        ]
+        ready = (worker for worker in status.workers if worker.state is WorkerState.READY)
+        left = what_is_left(ready, status.queue)
         try:
             left += [f"held: {entry}" for entry in await self.client.held_blocks()]
         except KvrelayError:
             return f"{self.gateway} does not answer"
-        if (status.queue.running, status.queue.waiting) != (0, 0):
-            left.append(f"queue: {status.queue}")
         return "; ".join(left)
 
     def unexplained_ends(self) -> list[tuple[str, int]]:
@@ -176,11 +171,7 @@ class Rig:
 
     async def eventually(self, condition: Callable[[], Awaitable[object]], seconds: float, what: str) -> None:
         """Raises: AssertionError if the condition does not hold in time."""
-        deadline = time.monotonic() + seconds
-        while not await condition():
-            if time.monotonic() > deadline:
-                raise AssertionError(f"not within {seconds:g} s: {what}\n{self.logs()}")
-            await asyncio.sleep(POLL_SECONDS)
+        await until(condition, seconds, lambda: f"{what}\n{self.logs()}", pause=POLL_SECONDS)
 
     def logs(self) -> str:
         tails = []
@@ -197,27 +188,20 @@ class Rig:
             await asyncio.sleep(POLL_SECONDS)
 
 
-def make_model(folder: Path) -> Path:
-    """A checkpoint that takes the longest of requests, and as little time as possible."""
-    return make_checkpoint(folder / "model", "llama", num_hidden_layers=1, max_position_embeddings=MAX_CONTEXT)
-
-
 @contextlib.asynccontextmanager
-async def start_rig(
-    folder: Path, model: Path, decode_settings: Mapping[str, Mapping[str, Any]] = DECODE_SETTINGS, **settings: Any
-) -> AsyncIterator[Rig]:
+async def start_rig(folder: Path, *, shares_pool: bool = False, **more: Any) -> AsyncIterator[Rig]:
     """Two workers of each kind and three gateways; ends all of it, whatever happens.
 
     Args:
-        decode_settings: what a decode worker has of its own, by worker.
-        settings: of all workers, by their names in `kvrelay.settings`.
+        more: settings of all workers, by their names in `kvrelay.settings`.
     """
+    model = make_checkpoint(folder / "model", "llama", num_hidden_layers=1, max_position_embeddings=MAX_CONTEXT)
     async with contextlib.AsyncExitStack() as cleanup:
-        rig = Rig(folder, RedisServer(folder / "redis"), SpanCollector())
+        rig = Rig(folder, RedisServer(folder / "redis"), SpanCollector(), shares_pool)
         cleanup.callback(rig.redis.end)
         rig.redis.start()
-        await rig.spans.start()
-        cleanup.push_async_callback(rig.spans.stop)
+        rig.spans.start()
+        cleanup.callback(rig.spans.stop)
         ports = _free_ports((*GATEWAYS, *WORKERS))
         for name in GATEWAYS:
             client = AsyncClient(f"127.0.0.1:{ports[name]}", timeout=30.0)
@@ -227,8 +211,7 @@ async def start_rig(
         for proxy in (*rig.redis_proxies.values(), *rig.worker_proxies.values()):
             await proxy.start()
             cleanup.push_async_callback(proxy.stop)
-        own = {name: {**settings, **decode_settings.get(name, {})} for name in WORKERS}
-        for process in _processes(rig, ports, {"model": model, "run_dir": folder}, own):
+        for process in _processes(rig, ports, {"model": model, "run_dir": folder}, more):
             rig.processes[process.name] = process
             process.start()
             cleanup.callback(process.end)
@@ -249,7 +232,7 @@ def _free_ports(names: Sequence[str]) -> dict[str, int]:
 
 
 def _processes(
-    rig: Rig, ports: dict[str, int], shared: dict[str, Any], settings: dict[str, dict[str, Any]]
+    rig: Rig, ports: dict[str, int], shared: dict[str, Any], of_workers: dict[str, Any]
 ) -> Iterator[Process]:
     def process(name: str, own: dict[str, Any], environment: dict[str, str]) -> Process:
         redis = f"redis://127.0.0.1:{rig.redis_proxies[name].port}"
@@ -261,7 +244,8 @@ def _processes(
         yield process(name, own, rig.spans.environment)
     for name in WORKERS:
         address = {"worker_port": ports[name], "advertise_port": rig.worker_proxies[name].port}
-        yield process(name, settings[name] | address, {})
+        apart = {"shared_pool": rig.folder / "pool"} if rig.shares_pool else DECODE_SETTINGS.get(name, {})
+        yield process(name, {**SETTINGS, **apart, **of_workers, **address}, {})
 
 
 def _flags(settings: dict[str, object]) -> list[str]:

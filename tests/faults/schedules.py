@@ -15,7 +15,7 @@ from tests.faults.faults import Fault, Kind
 from tests.faults.proxy import Direction
 from tests.faults.rig import DECODE, GATEWAY, GATEWAYS, PREFILL, REDIS, WORKERS
 
-__all__ = ["INSIDE", "OUTSIDE", "PAIRS", "Schedule", "schedule"]
+__all__ = ["OUTSIDE", "PAIRS", "Schedule", "schedule"]
 
 BOTH_WAYS = frozenset(Direction)
 LONG_SECONDS = 3.0  # after which a worker that was silent has been given up

@@ -1,55 +1,33 @@
-"""A collector that counts how often each request's span has ended."""
+"""How often each request's span has ended."""
 
 from collections import Counter
-from typing import Any
+from collections.abc import Iterable
 
-from grpc import aio
-from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans
 
-from kvrelay.telemetry import Attribute
+from kvrelay.telemetry import Attribute, SpanName
+from tests.otlp import Collector, spans_of
 
 __all__ = ["SpanCollector"]
 
-SPAN = "kvrelay.generate"
 
-
-class SpanCollector(trace_service_pb2_grpc.TraceServiceServicer):
-    """An OTLP receiver on a port of its own. Belongs to one event loop.
+class SpanCollector(Collector):
+    """Counts and keeps nothing, however long it runs.
 
     Attributes:
         num_ended: request id -> spans that came; they come when they have ended.
     """
 
     def __init__(self) -> None:
-        self.port = 0
+        super().__init__()
         self.num_ended: Counter[str] = Counter()
-        self._server: aio.Server | None = None
 
     @property
     def environment(self) -> dict[str, str]:
         """What makes a process send its spans here, soon after they have ended."""
-        return {
-            "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"http://127.0.0.1:{self.port}",
-            "OTEL_BSP_SCHEDULE_DELAY": "50",
-        }
+        return {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": self.endpoint, "OTEL_BSP_SCHEDULE_DELAY": "50"}
 
-    async def start(self) -> None:
-        self._server = aio.server()
-        add: Any = trace_service_pb2_grpc.add_TraceServiceServicer_to_server
-        add(self, self._server)
-        self.port = self._server.add_insecure_port("127.0.0.1:0")
-        await self._server.start()
-
-    async def stop(self) -> None:
-        if self._server is not None:
-            await self._server.stop(None)
-
-    async def Export(
-        self, request: trace_service_pb2.ExportTraceServiceRequest, context: Any
-    ) -> trace_service_pb2.ExportTraceServiceResponse:
-        spans = [span for resource in request.resource_spans for scope in resource.scope_spans for span in scope.spans]
-        for span in spans:
-            if span.name == SPAN:
-                names = {entry.key: entry.value.string_value for entry in span.attributes}
-                self.num_ended[names[Attribute.REQUEST_ID]] += 1
-        return trace_service_pb2.ExportTraceServiceResponse()
+    def take_traces(self, traces: Iterable[ResourceSpans]) -> None:
+        for each in spans_of(traces):
+            if each.span.name == SpanName.GENERATE:
+                self.num_ended[each.attributes[Attribute.REQUEST_ID]] += 1

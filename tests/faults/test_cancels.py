@@ -13,6 +13,6 @@ async def test_pools_are_whole_after_random_cancels(rig: Rig) -> None:
     await rig.wait_ready(*WORKERS)
     report = await cancel_many(rig, NUM_CANCELS, seed=0)
     print(report)
-    assert not report.faults, f"{report}\n{rig.logs()}"
+    assert not report.violations, f"{report}\n{rig.logs()}"
     assert report.num_given_up >= NUM_CANCELS
     assert all(report.ends[way] > NUM_CANCELS // 10 for way in WAYS)

@@ -1,12 +1,9 @@
-"""Whatever goes wrong, and whenever: requests bring what they bring without faults, and nothing is left behind.
-
-A schedule that fails is played again by `scripts/faults --seed N`.
-"""
+"""Whatever goes wrong, and whenever: requests bring what they bring without faults, and nothing is left behind."""
 
 import pytest
 
 from kvrelay.failpoints import POINTS
-from tests.faults.play import References, play
+from tests.faults.play import References, check_promises, play
 from tests.faults.rig import WORKERS, Rig
 from tests.faults.schedules import schedule
 
@@ -25,8 +22,7 @@ async def test_schedules(rig: Rig, references: References, first: int) -> None:
     for seed in range(first, first + BATCH):
         reports.append(await play(rig, schedule(seed), references))
         print(reports[-1])
-    bad = [report for report in reports if report.faults]
-    assert not bad, "\n".join([*map(str, bad), rig.logs()])
+    check_promises(rig, reports)
     # Not each fault meets a request, but a rig of which none does would prove nothing.
     assert sum(report.struck for report in reports) > BATCH // 2
     await rig.wait_ready(*WORKERS)

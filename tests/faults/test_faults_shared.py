@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from tests.faults.play import References, play
-from tests.faults.rig import SETTINGS, WORKERS, Rig, make_model, start_rig
+from tests.faults.play import References, check_promises, play
+from tests.faults.rig import WORKERS, Rig, start_rig
 from tests.faults.schedules import schedule
 
 SEEDS = range(1000, 1020)
@@ -14,9 +14,7 @@ SEEDS = range(1000, 1020)
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def rig(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Rig]:
-    folder = tmp_path_factory.mktemp("faults-shared")
-    shared = {**SETTINGS, "shared_pool": folder / "pool"}
-    async with start_rig(folder, make_model(folder), decode_settings={}, **shared) as rig:
+    async with start_rig(tmp_path_factory.mktemp("faults-shared"), shares_pool=True) as rig:
         yield rig
 
 
@@ -26,8 +24,7 @@ async def test_schedules_in_a_shared_pool(rig: Rig, references: References) -> N
     for seed in SEEDS:
         reports.append(await play(rig, schedule(seed), references))
         print(reports[-1])
-    bad = [report for report in reports if report.faults]
-    assert not bad, "\n".join([*map(str, bad), rig.logs()])
+    check_promises(rig, reports)
     # No blocks travel, so that what strikes them on their way meets nobody.
     assert sum(report.struck for report in reports) > len(SEEDS) // 3
     await rig.wait_ready(*WORKERS)

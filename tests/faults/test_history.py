@@ -9,7 +9,7 @@ from kvrelay.errors import DeadlineExceeded, Internal, KvrelayError, Unavailable
 from kvrelay.failpoints import Failpoint
 from kvrelay.request import Chunk, FinishReason, Timings, TokenLogprobs, Usage
 from tests.faults.faults import Fault, Kind
-from tests.faults.history import Excuse, Outcome, excuses, faults_of, too_many_defects
+from tests.faults.history import Excuse, Outcome, excuses, too_many_defects, violations_of
 
 LOGPROBS = tuple(TokenLogprobs(token, -0.5, ((token, -0.5), (9, -1.5))) for token in (5, 6, 7))
 EXPECTED = Completion("r", "abc", (5, 6, 7), LOGPROBS, FinishReason.LENGTH, Usage(4, 0, 3), Timings())
@@ -58,33 +58,31 @@ def aborted(by_its_client: bool) -> Outcome:
 
 
 def test_what_came_without_faults_is_right() -> None:
-    assert faults_of(right(), EXPECTED, ()) == []
+    assert violations_of(right(), EXPECTED, ()) == []
 
 
 @pytest.mark.parametrize("num_chunks", [0, 2])
 def test_an_error_that_is_allowed_ends_a_request(num_chunks: int) -> None:
-    assert (
-        faults_of(ended_with(Unavailable("gone"), num_chunks), EXPECTED, [Excuse("UNAVAILABLE", while_running=True)])
-        == []
-    )
+    allowed = [Excuse("UNAVAILABLE", while_running=True)]
+    assert violations_of(ended_with(Unavailable("gone"), num_chunks), EXPECTED, allowed) == []
 
 
 def test_who_leaves_sees_a_part() -> None:
     outcome = ended_with(None, 2)
     outcome.has_left = True
-    assert faults_of(outcome, EXPECTED, ()) == []
+    assert violations_of(outcome, EXPECTED, ()) == []
 
 
 def test_who_aborts_sees_a_part_and_its_end() -> None:
-    assert faults_of(aborted(by_its_client=True), EXPECTED, ()) == []
+    assert violations_of(aborted(by_its_client=True), EXPECTED, ()) == []
 
 
 def test_who_aborts_may_see_half_a_character() -> None:
     outcome = aborted(by_its_client=True)
     outcome.chunks[-1] = replace(outcome.chunks[-1], text="\ufffd")
-    assert faults_of(outcome, EXPECTED, ()) == []
+    assert violations_of(outcome, EXPECTED, ()) == []
     outcome.chunks[0] = replace(outcome.chunks[0], text="\ufffd")
-    assert faults_of(outcome, EXPECTED, ())
+    assert violations_of(outcome, EXPECTED, ())
 
 
 @pytest.mark.parametrize(
@@ -112,7 +110,7 @@ def test_who_aborts_may_see_half_a_character() -> None:
     ],
 )
 def test_what_is_wrong_is_found(outcome: Outcome, complaint: str) -> None:
-    found = faults_of(outcome, EXPECTED, [Excuse("UNAVAILABLE", while_running=True)])
+    found = violations_of(outcome, EXPECTED, [Excuse("UNAVAILABLE", while_running=True)])
     assert any(complaint in each for each in found), found
 
 
@@ -190,4 +188,4 @@ def test_a_gateway_that_stands_still_is_lost_only_if_somebody_notices() -> None:
 
 
 def is_allowed(error: KvrelayError, fault: Fault, num_chunks: int, index: int = 0) -> bool:
-    return faults_of(ended_with(error, num_chunks), EXPECTED, excuses([fault], index)) == []
+    return violations_of(ended_with(error, num_chunks), EXPECTED, excuses([fault], index)) == []

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from tests.e2e.cluster import eventually
 from tests.faults.process import RedisServer
+from tests.patience import eventually
 
 SECONDS = 10
 

@@ -12,9 +12,9 @@ import pytest
 
 from kvrelay.control.private_redis import PrivateRedis
 from tests.checkpoints import make_checkpoint
-from tests.e2e.cluster import eventually
 from tests.faults.namespaces import Host, hosts, why_no_namespaces
 from tests.faults.process import Process
+from tests.patience import eventually
 
 PORT = 50051
 PROMPT = "Once upon a time a prefill worker lost its decode worker."

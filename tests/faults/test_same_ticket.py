@@ -7,8 +7,8 @@ import pytest
 
 from kvrelay.client import GenerateOptions
 from tests.checkpoints import VOCAB_SIZE
-from tests.faults.history import Outcome, faults_of
-from tests.faults.rig import PREFILL, SETTINGS, WORKERS, Rig, make_model, start_rig
+from tests.faults.history import Outcome, violations_of
+from tests.faults.rig import PREFILL, WORKERS, Rig, start_rig
 
 VICTIM = "decode-0"
 COUNT_PROMPTS = "prefill.admitted=delay:0"  # each time the worker's log says so
@@ -27,7 +27,7 @@ async def test_a_killed_decode_worker_costs_no_second_prefill(rig: Rig, point: s
 async def test_a_frozen_decode_worker_costs_none_and_releases_nothing_when_it_thaws(tmp_path: Path) -> None:
     """It goes on with the Release, in a former epoch, for what another has long since."""
     # A lease must outlive the time after which a silent worker is taken for lost.
-    async with start_rig(tmp_path, make_model(tmp_path), **SETTINGS | {"lease_seconds": 30}) as rig:
+    async with start_rig(tmp_path, lease_seconds=30) as rig:
         rig.processes[VICTIM].away_seconds = 4.0
         await check_computed_once(rig, "transfer.before_release=stop")
 
@@ -55,7 +55,7 @@ async def check_computed_once(rig: Rig, failpoint: str) -> None:
             outcome.chunks.append(chunk)
         num_computed = num_prompts(rig) - before
         rig.heal()
-        assert not faults_of(outcome, expected, ())
+        assert not violations_of(outcome, expected, ())
         if rig.processes[VICTIM].met().total() > num_struck:
             break
     assert rig.processes[VICTIM].met().total() == num_struck + 1

@@ -1,12 +1,9 @@
 """What only a GPU can show. Elsewhere these tests are skipped; the same code runs on a CPU in tests/unit."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parents[1] / "unit"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

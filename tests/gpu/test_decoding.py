@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from engine_kit import Kit
 
 from tests.checkpoints import VOCAB_SIZE, greedy_oracle
+from tests.unit.engine_kit import Kit
 
 SETTINGS: dict[str, Any] = {"device": "cuda", "dtype": "float32", "block_size": 16, "num_blocks": 40}
 

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from scheduling import Bench, NewBench
+
+from tests.unit.scheduling import Bench, NewBench
 
 
 @pytest.fixture(params=[False, True], ids=["alone", "overlap"])

@@ -5,17 +5,17 @@ between something else may happen. Whoever joins a batch must have the KV cache 
 """
 
 import hypothesis.strategies as st
-from handover_invariants import refuses
-from handover_lives import KEY, LEASE_SECONDS, Block, Life, Loss, Run, Side, Taking
-from handover_prefill import PrefillActs
 from hypothesis.stateful import rule
-from scheduling import GARBAGE, Bench
 
 from kv_transfer.handover import EndReason, Handover
 from kv_transfer.tickets import open_ticket
 from kvrelay.engine.events import Admitted, Finished
 from kvrelay.engine.sequence import BorrowedBlocks, Role
 from kvrelay.errors import Cancelled, FailedPrecondition, KvrelayError, NotFound, Unavailable
+from tests.unit.handover_invariants import refuses
+from tests.unit.handover_lives import KEY, LEASE_SECONDS, Block, Life, Loss, Run, Side, Taking
+from tests.unit.handover_prefill import PrefillActs
+from tests.unit.scheduling import GARBAGE, Bench
 
 which = st.integers(0, 1000)
 

@@ -2,15 +2,15 @@
 
 import os
 
-from handing_over import HandoverMachine
-from handover_lives import BLOCK_SIZE, CONTEXT_LENGTH, KEY, Life
 from hypothesis.stateful import invariant, rule
-from scheduling import GARBAGE, Bench
 
 from kv_transfer.tickets import open_ticket
 from kvrelay.engine.pool_file import PoolFile
 from kvrelay.engine.sequence import BorrowedBlocks, SequenceState
 from kvrelay.engine.shared_block_pool import SharedBlockPool
+from tests.unit.handing_over import HandoverMachine
+from tests.unit.handover_lives import BLOCK_SIZE, CONTEXT_LENGTH, KEY, Life
+from tests.unit.scheduling import GARBAGE, Bench
 from tests.unit.shared_pools import LAYOUT
 
 NUM_SEQUENCES = 8

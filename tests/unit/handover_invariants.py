@@ -3,12 +3,21 @@
 from collections.abc import Callable
 
 import hypothesis.strategies as st
-from handover_lives import BLOCK_SIZE, CONTEXT_LENGTH, LEASE_SECONDS, DecodeWorker, Life, PrefillWorker, Spec, Taking
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant
-from scheduling import Bench
 
 from kvrelay.engine.sequence import Role, Sequence, SequenceState
 from kvrelay.errors import FailedPrecondition, NotFound, PermissionDenied
+from tests.unit.handover_lives import (
+    BLOCK_SIZE,
+    CONTEXT_LENGTH,
+    LEASE_SECONDS,
+    DecodeWorker,
+    Life,
+    PrefillWorker,
+    Spec,
+    Taking,
+)
+from tests.unit.scheduling import Bench
 
 
 class HandoverInvariants(RuleBasedStateMachine):

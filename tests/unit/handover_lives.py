@@ -2,14 +2,14 @@
 
 import enum
 from dataclasses import dataclass, field
-
-from scheduling import Bench
+from typing import Any
 
 from kv_transfer.handover import Handover
 from kv_transfer.leases import LeaseTable
 from kv_transfer.tickets import Ticket
 from kvrelay.engine.events import Admitted
 from kvrelay.engine.sequence import Sequence, SequenceState
+from tests.unit.scheduling import Bench
 
 KEY = b"k" * 32
 BLOCK_SIZE = 3
@@ -52,12 +52,12 @@ class Spec:
         return PREFIXES[self.prefix][: self.length]
 
 
-CHOICES = {
+CHOICES: dict[str, list[Any]] = {
     "number": list(range(8)),
     "prefix": [0, 1],
     "length": [1, 2, 6, 9, 10, 12, 18],
     "max_tokens": [2, 3, 6],
-    "stop": [frozenset[int](), frozenset({3})],
+    "stop": [frozenset(), frozenset({3})],
 }
 
 

@@ -1,14 +1,14 @@
 """Acts of the prefill worker: it computes prompts, leases their blocks, starts anew, and lets leases run out."""
 
 import hypothesis.strategies as st
-from handover_invariants import HandoverInvariants
-from handover_lives import BLOCK_SIZE, CHOICES, KEY, WAITS, Life, PrefillWorker, Spec
 from hypothesis.stateful import rule
 
 from kv_transfer.handover import EndReason
 from kv_transfer.tickets import sign_ticket
 from kvrelay.engine.events import Admitted, Event, Finished, Progress, Sampled
 from kvrelay.engine.sequence import Role
+from tests.unit.handover_invariants import HandoverInvariants
+from tests.unit.handover_lives import BLOCK_SIZE, CHOICES, KEY, WAITS, Life, PrefillWorker, Spec
 
 
 class PrefillActs(HandoverInvariants):

@@ -1,4 +1,4 @@
-"""Batches for kernels: a cache in which nobody wrote what may not be read, and chunks of sequences in any mixture."""
+"""For kernels: logits, a cache in which nobody wrote what may not be read, and chunks of sequences in any mixture."""
 
 import random
 from collections.abc import Sequence as Items
@@ -11,9 +11,13 @@ from kvrelay.engine.kv_layout import KvLayout
 from kvrelay.engine.sequence import Chunk, Sequence
 from kvrelay.request import Request, Sampling
 
-__all__ = ["filled_case", "make_cache", "make_chunks"]
+__all__ = ["filled_case", "make_cache", "make_chunks", "random_logits"]
 
 CPU = torch.device("cpu")
+
+
+def random_logits(rows: int, vocabulary: int, seed: int = 3) -> torch.Tensor:
+    return torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed)) * 2
 
 
 def make_cache(block_size: int = 4, num_kv_heads: int = 2, head_dim: int = 8, num_blocks: int = 40) -> KvCache:

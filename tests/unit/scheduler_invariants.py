@@ -4,7 +4,9 @@ from collections import defaultdict, deque
 
 import hypothesis.strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant
-from scheduler_lives import (
+
+from kvrelay.engine.sequence import Role, Sequence, SequenceState
+from tests.unit.scheduler_lives import (
     BLOCK_SIZE,
     CONTEXT_LENGTH,
     FINISHED,
@@ -16,9 +18,7 @@ from scheduler_lives import (
     Flight,
     Life,
 )
-from scheduling import Bench
-
-from kvrelay.engine.sequence import Role, Sequence, SequenceState
+from tests.unit.scheduling import Bench
 
 
 class SchedulerInvariants(RuleBasedStateMachine):

@@ -2,15 +2,13 @@
 
 import enum
 from dataclasses import dataclass, field
-from random import Random
 from typing import Any
-
-from scheduling import VOCABULARY
 
 from kvrelay.engine.engine import Launched
 from kvrelay.engine.events import Admitted, Failed, Finished
 from kvrelay.engine.sequence import Chunk, Role, Sequence, SequenceState
 from kvrelay.request import FinishReason
+from tests.unit.scheduling import VOCABULARY
 
 BLOCK_SIZE = 3
 CONTEXT_LENGTH = 24
@@ -54,10 +52,6 @@ CHOICES: dict[str, list[Any]] = {
     "stop": [set(), set(), set(), {3}, set(range(VOCABULARY))],
     "patience": [None, None, None, 0, 10, 30, 60],
 }
-
-
-def random_spec(random: Random) -> Spec:
-    return Spec(**{name: random.choice(values) for name, values in CHOICES.items()})
 
 
 @dataclass(eq=False)

@@ -2,8 +2,13 @@
 
 import hypothesis.strategies as st
 from hypothesis.stateful import rule
-from scheduler_invariants import SchedulerInvariants
-from scheduler_lives import (
+
+from kvrelay.engine.events import Admitted, Event, Failed, Finished, Progress, Sampled
+from kvrelay.engine.sequence import Chunk, Role, SequenceState
+from kvrelay.errors import AlreadyExists, DeadlineExceeded, Internal, Unavailable
+from kvrelay.request import FinishReason
+from tests.unit.scheduler_invariants import SchedulerInvariants
+from tests.unit.scheduler_lives import (
     BLOCK_SIZE,
     CHOICES,
     CONTEXT_LENGTH,
@@ -17,12 +22,7 @@ from scheduler_lives import (
     Life,
     Spec,
 )
-from scheduling import GARBAGE
-
-from kvrelay.engine.events import Admitted, Event, Failed, Finished, Progress, Sampled
-from kvrelay.engine.sequence import Chunk, Role, SequenceState
-from kvrelay.errors import AlreadyExists, DeadlineExceeded, Internal, Unavailable
-from kvrelay.request import FinishReason
+from tests.unit.scheduling import GARBAGE
 
 which = st.integers(0, 1000)
 specs = st.builds(Spec, **{name: st.sampled_from(values) for name, values in CHOICES.items()})

@@ -1,6 +1,7 @@
 """The asyncio side of the engine: events arrive in order, and nobody who leaves stays behind."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Sequence
 
 import pytest
@@ -128,13 +129,25 @@ async def test_the_next_of_an_id_hears_nothing_of_the_former(engine: AsyncEngine
 
 
 async def test_an_aborted_sequence_is_not_heard_of_again(engine: AsyncEngine) -> None:
-    inbox = Inbox()
-    await engine.submit(sequence("request", max_tokens=50), inbox)
+    """Nor is what the engine has said of it already, and this event loop has not yet heard."""
+    inbox, add, step = Inbox(), threading.Event(), threading.Event()
+    engine.tell(lambda _: hold(add))
+    submission = asyncio.create_task(engine.submit(sequence("request", max_tokens=50), inbox))
+    await asyncio.sleep(0)
+    engine.tell(lambda _: hold(step))
+    add.set()
+    await submission
+    step.set()
+    for _ in range(4):  # steps, while the event loop stands still
+        engine._engine_loop.tell(lambda _: None).result(SOON)
     engine.abort("request")
-    num_events = len(inbox.events)
-    await nothing_is_held(engine)
-    await asyncio.sleep(0.05)
-    assert len(inbox.events) == num_events
+    await nothing_is_held(engine)  # answers come after all that was said before them
+    assert inbox.events == []
+
+
+def hold(event: threading.Event) -> None:
+    """Between two steps."""
+    event.wait(SOON)
 
 
 async def test_a_listener_that_fails_ends_its_own_request_only(engine: AsyncEngine) -> None:

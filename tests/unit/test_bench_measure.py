@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from bench_records import record
 
 from kvrelay.bench.load import Outcome, Record
 from kvrelay.bench.measure import Distribution, Goodput, GoodputLimits, Run, Summary, inter_token_gaps, summarise
 from kvrelay.bench.timeline import timeline
 from kvrelay.request import Timings
+from tests.unit.bench_records import record
 
 
 def summary(*records: Record, window: float = 10.0, limits: GoodputLimits | None = None) -> Summary:

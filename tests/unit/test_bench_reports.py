@@ -5,7 +5,6 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from bench_records import record, report
 
 from kvrelay.bench.load import Outcome
 from kvrelay.bench.measure import GoodputLimits
@@ -14,6 +13,7 @@ from kvrelay.bench.report import Report, to_json
 from kvrelay.bench.report_html import render_html
 from kvrelay.bench.report_text import render_text
 from kvrelay.request import Timings
+from tests.unit.bench_records import record, report
 
 TIMINGS = Timings(gateway_queue=0.5, prefill=0.25, transfer=0.125, time_to_first_token=0.75, total=2.0)
 VOID_ELEMENTS = {"meta", "br"}

@@ -4,13 +4,13 @@ import random
 from pathlib import Path
 
 import pytest
-from bench_records import record
 
 from benchmarks.disaggregation import LONG_EVERY, LONG_TOKENS, SHORT_TOKENS, TRAFFIC, write_trace
 from benchmarks.storm import tokens_per_second
 from kvrelay.bench.load import Outcome
 from kvrelay.bench.measure import GoodputLimits
 from kvrelay.bench.traces import read_trace
+from tests.unit.bench_records import record
 
 
 @pytest.mark.parametrize("name", TRAFFIC)

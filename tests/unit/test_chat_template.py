@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small_tokenizers
 from transformers import AutoTokenizer
 
 from gateway.chat_template import ChatMessage, load_chat_template
 from gateway.tokens import Tokenizer
 from kvrelay.errors import InvalidArgument
+from tests.unit import small_tokenizers
 
 # Written for this test in the manner of the families' own.
 LLAMA_LIKE = """{{- bos_token }}

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import greedy_oracle, make_checkpoint
-from engine_kit import Kit
 
 from kvrelay.engine import decoder as decoder_module
 from kvrelay.engine import runner as runner_module
@@ -16,6 +14,8 @@ from kvrelay.engine.batch import Batch
 from kvrelay.engine.decoder import Decoder
 from kvrelay.engine.kernels.reference import ReferenceKernels
 from kvrelay.engine.kv_cache import KvCache
+from tests.checkpoints import greedy_oracle, make_checkpoint
+from tests.unit.engine_kit import Kit
 
 BUCKET = 6
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14, 15, 16], [17]]

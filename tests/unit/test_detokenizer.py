@@ -6,13 +6,13 @@ from itertools import pairwise
 from typing import TypeVar
 
 import pytest
-import small_tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from gateway.detokenizer import CompletionText, Detokenizer, detokenizers
 from gateway.stop_strings import StopScanner
+from tests.unit import small_tokenizers
 
 BYTE_LEVEL = small_tokenizers.byte_level()
 BYTE_FALLBACK = small_tokenizers.byte_fallback()

@@ -2,12 +2,12 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Items
 
 import pytest
-from scheduling import Bench, FakeModel, Input
 
 from kvrelay.engine.engine import Engine, Launched
 from kvrelay.engine.events import Admitted, Failed, Finished, Sampled, StepOutput
 from kvrelay.engine.sequence import Chunk
 from kvrelay.request import FinishReason, Token
+from tests.unit.scheduling import Bench, FakeModel, Input
 
 
 class BrokenModel(FakeModel):

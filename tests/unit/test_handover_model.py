@@ -5,19 +5,15 @@ are whole in the end."""
 from random import Random
 
 import pytest
-from handing_over import HandoverMachine
-from handing_over_shared import SharedHandoverMachine
-from handover_lives import CHOICES, WAITS, Loss, Side, Spec
 
-from tests.exploring import exploring
+from tests.exploring import choose, exploring
+from tests.unit.handing_over import HandoverMachine
+from tests.unit.handing_over_shared import SharedHandoverMachine
+from tests.unit.handover_lives import CHOICES, WAITS, Loss, Side, Spec
 
 TestHandoverMachine = HandoverMachine.TestCase
 TestSharedHandoverMachine = SharedHandoverMachine.TestCase
 TestHandoverMachine.settings = TestSharedHandoverMachine.settings = exploring(max_examples=40, max_acts=60)
-
-
-def random_spec(random: Random) -> Spec:
-    return Spec(**{name: random.choice(values) for name, values in CHOICES.items()})  # type: ignore[arg-type]
 
 
 def random_act(machine: HandoverMachine, random: Random) -> None:
@@ -27,7 +23,7 @@ def random_act(machine: HandoverMachine, random: Random) -> None:
         [3, 4, 4, 3, 8, 8, 5, 2, 1],
     )[0]:
         case "submit":
-            machine.submit(random_spec(random))
+            machine.submit(Spec(**choose(random, CHOICES)))
         case "decode":
             machine.submit_decode(index, random.randrange(2))
         case "prefill steps":

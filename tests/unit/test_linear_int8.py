@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import VOCAB_SIZE, make_checkpoint
 
 from kvrelay import config
 from kvrelay.engine import linear_int8, runner
@@ -21,6 +20,7 @@ from kvrelay.engine.sequence import Chunk, Sequence
 from kvrelay.errors import ConfigurationError
 from kvrelay.request import Request, Sampling
 from kvrelay.settings import EngineSettings
+from tests.checkpoints import VOCAB_SIZE, make_checkpoint
 
 SETTINGS = EngineSettings(num_blocks=40, block_size=5, device="cpu", quantization="int8", threads=1)
 SIZES = [(1, 1), (1, 7), (16, 32), (17, 33), (37, 64), (48, 2), (64, 129), (250, 96)]  # out, in

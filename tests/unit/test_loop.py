@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scheduling import Bench
 
 from kvrelay.engine import loop as loop_module
 from kvrelay.engine.engine import Engine, Launched
@@ -17,7 +16,8 @@ from kvrelay.engine.scheduler import Scheduler
 from kvrelay.engine.sequence import Chunk, Role, Sequence
 from kvrelay.errors import AlreadyExists, DeadlineExceeded, Unavailable
 from kvrelay.request import Request, Sampling
-from tests.patience import SOON
+from tests.patience import SOON, eventually
+from tests.unit.scheduling import Bench
 from tests.unit.shared_pools import joined
 
 dies = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -196,8 +196,10 @@ def test_an_idle_loop_wakes_for_a_deadline(rig: Rig) -> None:
 
 
 def test_a_transfer_past_its_deadline_does_not_make_the_loop_spin(rig: Rig) -> None:
-    rig.add("a", role=Role.DECODE, deadline=time.monotonic() + 0.05)
-    threading.Event().wait(0.1)
+    deadline = time.monotonic() + 0.05
+    rig.add("a", role=Role.DECODE, deadline=deadline)
+    eventually(lambda: time.monotonic() > deadline)
+    rig.loop.tell(lambda _: None).result(SOON)
     assert rig.steps_within(0.2) <= 1
 
 
@@ -329,5 +331,4 @@ def test_a_step_that_does_not_end_is_seen_from_outside(rig: Rig) -> None:
     assert rig.loop.step_seconds() > first > 0.0
     go_on.set()
     rig.wait_for(Finished, "a")
-    while rig.loop.step_seconds() > 0.0:  # the loop has delivered before it sleeps
-        time.sleep(0.001)
+    eventually(lambda: rig.loop.step_seconds() == 0.0)  # the loop has delivered before it sleeps

@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
-from checkpoints import ARCHITECTURES, FUSED_ARCHITECTURES, VOCAB_SIZE, WINDOW, greedy_oracle
-from checkpoints import oracle_logits as oracle
 from safetensors.torch import load_file, save_file
 
 from kvrelay.engine.block_pool import BlockPool
@@ -22,6 +20,8 @@ from kvrelay.engine.sequence import Chunk, Sequence
 from kvrelay.errors import ConfigurationError
 from kvrelay.request import Request, Sampling
 from kvrelay.settings import EngineSettings
+from tests.checkpoints import ARCHITECTURES, FUSED_ARCHITECTURES, VOCAB_SIZE, WINDOW, greedy_oracle
+from tests.checkpoints import oracle_logits as oracle
 
 NUM_NEW_TOKENS = 24
 SETTINGS = EngineSettings(num_blocks=60, block_size=5)

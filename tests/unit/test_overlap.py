@@ -6,15 +6,12 @@ from random import Random
 from typing import Any
 
 import pytest
-from checkpoints import VOCAB_SIZE, greedy_oracle
-from engine_kit import Kit
 
 from kvrelay.engine.events import Finished
 from kvrelay.engine.sequence import Role, SequenceState
 from kvrelay.request import FinishReason, Token
-
-NewKit = Callable[..., Kit]
-
+from tests.checkpoints import VOCAB_SIZE, greedy_oracle
+from tests.unit.engine_kit import Kit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

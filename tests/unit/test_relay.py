@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import small_tokenizers
 from opentelemetry.context import Context
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -21,6 +20,7 @@ from gateway.validation import parse_generate
 from kvrelay import telemetry
 from kvrelay.errors import Internal, InvalidArgument, KvrelayError
 from kvrelay.v1 import inference_pb2
+from tests.unit import small_tokenizers
 
 SECRET = "whistleblower"
 TEMPLATE = "{{ raise_exception('no conversation has a ' + messages[0]['role']) }}"

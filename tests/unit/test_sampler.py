@@ -15,6 +15,7 @@ from transformers.generation.logits_process import (
 
 from kvrelay.engine.sampler import sample
 from kvrelay.request import Sampling
+from tests.unit.kernel_cases import random_logits
 
 NUM_DRAWS = 20_000
 VOCABULARY = 24
@@ -27,10 +28,6 @@ SETTINGS = {
     "min_p": {"temperature": 1.0, "min_p": 0.1},
     "all": {"temperature": 1.3, "top_k": 12, "top_p": 0.9, "min_p": 0.05},
 }
-
-
-def random_logits(rows: int, vocabulary: int = VOCABULARY, seed: int = 3) -> torch.Tensor:
-    return torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed)) * 2
 
 
 def expected_probabilities(logits: torch.Tensor, settings: dict[str, Any]) -> torch.Tensor:
@@ -54,7 +51,7 @@ def draw(logits: torch.Tensor, settings: dict[str, Any]) -> NDArray[Any]:
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_draws_follow_the_distribution_of_transformers(settings: dict[str, Any]) -> None:
-    logits = random_logits(1)[0]
+    logits = random_logits(1, VOCABULARY)[0]
     expected = expected_probabilities(logits, settings).numpy() * NUM_DRAWS
     counts = draw(logits, settings)
     assert not counts[expected == 0].any()
@@ -69,7 +66,7 @@ def test_draws_follow_the_distribution_of_transformers(settings: dict[str, Any])
 def test_support_is_that_of_transformers_for_many_rows(settings: dict[str, Any]) -> None:
     """Many random rows, each drawn from often: what is drawn is allowed, and what is likely is drawn."""
     rows, repeats = 40, 100
-    logits = random_logits(rows, seed=8)
+    logits = random_logits(rows, VOCABULARY, seed=8)
     requests = [Sampling(max_tokens=1, seed=seed, **settings) for seed in range(rows * repeats)]
     tokens = sample(logits.repeat(repeats, 1), requests, [0] * len(requests))
     drawn = torch.zeros(rows, VOCABULARY, dtype=torch.bool)
@@ -82,7 +79,7 @@ def test_support_is_that_of_transformers_for_many_rows(settings: dict[str, Any])
 
 
 def test_greedy_rows_take_the_likeliest() -> None:
-    logits = random_logits(6)
+    logits = random_logits(6, VOCABULARY)
     requests = [Sampling(max_tokens=1, temperature=0, seed=seed, top_k=2) for seed in range(6)]
     assert [token.token_id for token in sample(logits, requests, range(6))] == logits.argmax(-1).tolist()
     almost = [Sampling(max_tokens=1, temperature=1e-38, seed=seed) for seed in range(6)]
@@ -92,7 +89,7 @@ def test_greedy_rows_take_the_likeliest() -> None:
 def test_a_row_does_not_depend_on_the_others() -> None:
     settings: list[dict[str, Any]] = [*SETTINGS.values(), {"temperature": 0.0}, {"temperature": 0.0, "logprobs": 3}]
     requests = [Sampling(max_tokens=1, seed=seed, **one) for seed, one in enumerate(settings)]
-    logits = random_logits(len(requests), vocabulary=100)
+    logits = random_logits(len(requests), 100)
     positions = list(range(5, 5 + len(requests)))
     together = sample(logits, requests, positions)
     order = torch.randperm(len(requests), generator=torch.Generator().manual_seed(0)).tolist()
@@ -118,7 +115,7 @@ def test_ties_are_broken_the_same_way_in_any_batch() -> None:
 
 
 def test_logprobs() -> None:
-    logits = random_logits(4)
+    logits = random_logits(4, VOCABULARY)
     wanted = [2, None, 0, VOCABULARY + 5]
     requests = [Sampling(max_tokens=1, temperature=t, logprobs=n) for t, n in zip([0, 0, 1, 1], wanted, strict=True)]
     tokens = sample(logits, requests, range(4))
@@ -138,7 +135,7 @@ def test_logprobs() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_logits_that_are_no_numbers_harm_only_their_own_row(bad: float, settings: dict[str, Any]) -> None:
-    good = random_logits(3)
+    good = random_logits(3, VOCABULARY)
     some, all_bad = good[0].clone(), torch.full((VOCABULARY,), bad)
     some[4] = bad
     sampled = Sampling(max_tokens=1, seed=1, logprobs=2, **settings)

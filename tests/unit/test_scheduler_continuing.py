@@ -3,12 +3,12 @@
 from dataclasses import replace
 
 import pytest
-from scheduling import Bench, NewBench, whole
 
 from kvrelay.engine.events import Failed, HandedOver
 from kvrelay.engine.sequence import Role, Sequence, SequenceState
 from kvrelay.errors import FailedPrecondition, InvalidArgument
 from kvrelay.request import Request, Sampling
+from tests.unit.scheduling import Bench, NewBench, whole
 
 WAITING, TRANSFERRING, RUNNING, HELD, FINISHED = SequenceState
 

@@ -4,12 +4,12 @@ import sys
 from collections.abc import Callable
 
 import pytest
-from scheduling import NewBench, whole
 
 from kvrelay.engine.events import Failed
 from kvrelay.engine.sequence import Role, Sequence, SequenceState
 from kvrelay.errors import DeadlineExceeded
 from kvrelay.request import Request, Sampling
+from tests.unit.scheduling import NewBench, whole
 
 WAITING, TRANSFERRING, RUNNING, HELD, FINISHED = SequenceState
 

@@ -3,10 +3,10 @@
 from random import Random
 
 import pytest
-from scheduler_lives import NOT_FINISHED, Disturbance, random_spec
-from scheduler_machine import SchedulerMachine
 
-from tests.exploring import exploring
+from tests.exploring import choose, exploring
+from tests.unit.scheduler_lives import CHOICES, NOT_FINISHED, Disturbance, Spec
+from tests.unit.scheduler_machine import SchedulerMachine
 
 TestSchedulerMachine = SchedulerMachine.TestCase
 TestSchedulerMachine.settings = exploring(max_examples=30, max_acts=40)
@@ -22,7 +22,7 @@ def test_long_lives(seed: int, overlap: bool) -> None:
         index = random.randrange(10)
         match random.choice(["add", "step", "step", "step", "end_transfer", "release", "disturb"]):
             case "add" if len(machine.live(*NOT_FINISHED)) < 10:
-                machine.add([random_spec(random) for _ in range(random.randint(1, 4))])
+                machine.add([Spec(**choose(random, CHOICES)) for _ in range(random.randint(1, 4))])
             case "end_transfer":
                 machine.end_transfer(index, random.randint(0, 30), random.random() < 0.4, random.choice([0, 0, 1]))
             case "release" if random.random() < 0.5:

@@ -1,12 +1,12 @@
 """Steps that are scheduled while the one before is in flight: what is assumed, and what waits for the commit."""
 
 import pytest
-from scheduling import Bench, NewBench, whole
 
 from kvrelay.engine.events import Failed, Finished, Progress, Sampled
 from kvrelay.engine.sequence import Role, Sequence, SequenceState
 from kvrelay.errors import Internal, Unavailable
 from kvrelay.request import FinishReason
+from tests.unit.scheduling import Bench, NewBench, whole
 
 WAITING, TRANSFERRING, RUNNING, HELD, FINISHED = SequenceState
 

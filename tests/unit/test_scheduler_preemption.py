@@ -1,10 +1,10 @@
 """Who gives blocks back when they run out, and what becomes of it."""
 
 import pytest
-from scheduling import NewBench, whole
 
 from kvrelay.engine.events import Admitted
 from kvrelay.engine.sequence import Role, SequenceState
+from tests.unit.scheduling import NewBench, whole
 
 WAITING, TRANSFERRING, RUNNING, HELD, FINISHED = SequenceState
 

@@ -1,9 +1,9 @@
 """Which blocks are shared, and which never are."""
 
 import pytest
-from scheduling import GARBAGE, NewBench, whole
 
 from kvrelay.engine.sequence import Role
+from tests.unit.scheduling import GARBAGE, NewBench, whole
 
 
 @pytest.mark.parametrize(

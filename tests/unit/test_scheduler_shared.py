@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from scheduling import GARBAGE, Bench
 
 from kvrelay.engine.events import Admitted, Failed
 from kvrelay.engine.sequence import BorrowedBlocks, Role, Sequence, SequenceState
+from tests.unit.scheduling import GARBAGE, Bench
 from tests.unit.shared_pools import joined
 
 NUM_BLOCKS = 16

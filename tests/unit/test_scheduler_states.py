@@ -3,7 +3,6 @@
 import dataclasses
 
 import pytest
-from scheduling import GARBAGE, VOCABULARY, Bench, NewBench, whole
 
 from kvrelay.engine.block_pool import BlockPool
 from kvrelay.engine.events import Failed, Finished
@@ -12,6 +11,7 @@ from kvrelay.engine.scheduler import Scheduler
 from kvrelay.engine.sequence import Role, Sequence, SequenceState
 from kvrelay.errors import AlreadyExists, InvalidArgument, Unavailable
 from kvrelay.request import FinishReason
+from tests.unit.scheduling import GARBAGE, VOCABULARY, Bench, NewBench, whole
 
 WAITING, TRANSFERRING, RUNNING, HELD, FINISHED = SequenceState
 

@@ -1,11 +1,10 @@
 """What is computed next, and how sequences end."""
 
-from scheduling import VOCABULARY, NewBench
-
 from kvrelay.engine.events import Failed, Finished, Sampled
 from kvrelay.engine.sequence import Role, SequenceState
 from kvrelay.errors import Internal
 from kvrelay.request import FinishReason, Token
+from tests.unit.scheduling import VOCABULARY, NewBench
 
 WAITING, TRANSFERRING, RUNNING, HELD, FINISHED = SequenceState
 

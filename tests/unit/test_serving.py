@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
-from serving_kit import Act, DecodeCall, DecodeWorker, PrefillWorker, Run, lost, token_at
 
 from gateway.disaggregation import Disaggregation
 from gateway.prefilling import Prefilling
@@ -13,6 +12,7 @@ from kvrelay.errors import AlreadyExists, FailedPrecondition, Internal, Unavaila
 from kvrelay.request import FinishReason
 from kvrelay.v1 import inference_pb2, worker_pb2
 from tests.patience import SOON
+from tests.unit.serving_kit import Act, DecodeCall, DecodeWorker, PrefillWorker, Run, lost, token_at
 
 LOCAL_PROMPT = worker_pb2.LocalPrompt(cached_tokens=2, prefill_queue=0.25, prefill=0.5)
 

@@ -3,13 +3,13 @@
 import asyncio
 
 import pytest
-from serving_kit import MAX_TOKENS, Act, DecodeCall, DecodeWorker, PrefillWorker, Run, lost, token_at
 
 from kvrelay.errors import FailedPrecondition, KvrelayError, Unavailable
 from kvrelay.request import FinishReason
 from kvrelay.telemetry import Attribute, EventName
 from kvrelay.v1 import worker_pb2
 from tests.patience import SOON
+from tests.unit.serving_kit import MAX_TOKENS, Act, DecodeCall, DecodeWorker, PrefillWorker, Run, lost, token_at
 
 TOKENS = [token_at(position) for position in range(MAX_TOKENS)]
 

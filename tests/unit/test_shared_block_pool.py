@@ -3,7 +3,6 @@
 import contextlib
 import os
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 from kvrelay.engine.block_pool import OutOfBlocks
 from kvrelay.engine.pool_file import DIGEST_BYTES
 from kvrelay.engine.shared_block_pool import SharedBlockPool
-from tests.patience import SOON
+from tests.patience import eventually
 from tests.unit.shared_pools import LAYOUT, Worker, joined, worker
 
 NUM_BLOCKS = 16
@@ -48,12 +47,12 @@ def stopped(process: Worker) -> Iterator[None]:
 
 def wait_free(pool: SharedBlockPool, count: int) -> None:
     """Looks as a worker does that waits for blocks."""
-    deadline = time.monotonic() + SOON
-    while pool.num_free != count:
-        assert time.monotonic() < deadline, f"{pool.num_free} blocks free, not {count}"
+
+    def is_free() -> bool:
         with pool.locked():
-            pass
-        time.sleep(0.01)
+            return pool.num_free == count
+
+    eventually(is_free, what=lambda: f"{count} blocks are free, not {pool.num_free}")
 
 
 def test_what_one_worker_does_another_sees(pool: SharedBlockPool, other: Worker) -> None:

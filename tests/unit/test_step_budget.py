@@ -5,11 +5,11 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scheduling import Bench, ChunkShape, FakeModel, NewBench
 
 from kvrelay.engine.engine import Engine, Launched
 from kvrelay.engine.sequence import Chunk, Role
 from kvrelay.engine.step_budget import MEASURED_PROMPT_TOKENS, PrefillRate, StepBudget, StepTimes
+from tests.unit.scheduling import Bench, ChunkShape, FakeModel, NewBench
 
 FIXED, PER_TOKEN = 0.004, 0.0005
 BLOCK_SIZE = 4

@@ -1,52 +1,28 @@
 import json
 import os
-import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
-from concurrent import futures
 from typing import Any
 
-import grpc
 import pytest
-from opentelemetry import trace
-from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2, metrics_service_pb2_grpc
-from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+from opentelemetry import metrics, trace
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
 from kvrelay import telemetry
+from tests.otlp import Collector
+from tests.patience import SOON
 
 TRACE_ID, SPAN_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 TRACEPARENT = f"00-{TRACE_ID}-{SPAN_ID}-01"
 
 
-class Collector(trace_service_pb2_grpc.TraceServiceServicer, metrics_service_pb2_grpc.MetricsServiceServicer):
-    """What Jaeger is to kvrelay, as far as the wire goes."""
-
-    def __init__(self) -> None:
-        self.traces: list[Any] = []
-        self.metrics: list[Any] = []
-        self._server = grpc.server(futures.ThreadPoolExecutor(2))
-        trace_service_pb2_grpc.add_TraceServiceServicer_to_server(self, self._server)  # type: ignore[no-untyped-call]
-        metrics_service_pb2_grpc.add_MetricsServiceServicer_to_server(self, self._server)  # type: ignore[no-untyped-call]
-        self.endpoint = f"http://127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
-        self._server.start()
-
-    def stop(self) -> None:
-        self._server.stop(0).wait()
-
-    def Export(self, request: Any, context: grpc.ServicerContext) -> Any:
-        if isinstance(request, trace_service_pb2.ExportTraceServiceRequest):
-            self.traces += request.resource_spans
-            return trace_service_pb2.ExportTraceServiceResponse()
-        self.metrics += request.resource_metrics
-        return metrics_service_pb2.ExportMetricsServiceResponse()
-
-
 @pytest.fixture
 def collector() -> Iterator[Collector]:
     collector = Collector()
+    collector.start()
     yield collector
     collector.stop()
 
@@ -122,10 +98,32 @@ def test_without_an_endpoint_nothing_is_loaded_and_the_clients_trace_is_carried_
     assert printed["parent"] == TRACEPARENT
 
 
-def test_shutdown_does_not_wait_for_a_collector_that_is_down() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as placeholder:
-        port = placeholder.getsockname()[1]
-    run(ONE_REQUEST, OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{port}", OTEL_EXPORTER_OTLP_TIMEOUT="1")
+class Unanswered:
+    """A provider whose collector says nothing until the test lets it."""
+
+    def __init__(self) -> None:
+        self.asked, self.answer, self.ended = (threading.Event() for _ in range(3))
+        self.keeps_the_process = False
+
+    def shutdown(self) -> None:
+        self.keeps_the_process = not threading.current_thread().daemon
+        self.asked.set()
+        self.answer.wait(SOON)
+        self.ended.set()
+
+
+def test_shutdown_does_not_wait_for_a_collector_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    providers = traces, counts = Unanswered(), Unanswered()
+    monkeypatch.setattr(trace, "get_tracer_provider", lambda: traces)
+    monkeypatch.setattr(metrics, "get_meter_provider", lambda: counts)
+    monkeypatch.setattr(telemetry, "SHUTDOWN_SECONDS", 0.01)
+    telemetry.shutdown()
+    try:
+        assert all(each.asked.wait(SOON) for each in providers)
+        assert not any(each.ended.is_set() or each.keeps_the_process for each in providers)
+    finally:
+        for each in providers:
+            each.answer.set()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import small_tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
@@ -21,6 +20,7 @@ from gateway.tokens import ChatPrompt, TextPrompt, Tokenizer, TokenizerPool, Tok
 from kvrelay.errors import ConfigurationError, InvalidArgument
 from kvrelay.request import SamplingParams
 from tests.patience import SOON
+from tests.unit import small_tokenizers
 
 DEMO_MODEL = Path(__file__).parents[2] / "kvrelay" / "demo_model"
 LONG_TEXT = " ".join(small_tokenizers.TEXTS * 40)

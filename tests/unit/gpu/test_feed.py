@@ -15,6 +15,7 @@ from kvrelay.engine.kernels.gpu.feed import GpuFeed
 from kvrelay.engine.sequence import Chunk, Sequence
 from kvrelay.request import Request, Sampling
 
+ROOT = Path(__file__).parents[3]
 BLOCK_SIZE, WIDTH = 5, 12
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -55,7 +56,7 @@ def test_both_halves(num_used: int, num_rows: int, max_rows: int) -> None:
 
 COMPILE = """
 import torch
-from compile_kernels import compile_instead_of_launching
+from tests.unit.gpu.compile_kernels import compile_instead_of_launching
 from kvrelay.engine.batch_state import BatchState
 from kvrelay.engine.kernels.gpu.feed import GpuFeed
 
@@ -69,9 +70,15 @@ GpuFeed().end(state.view(4), state.last_tokens, numbers[:4], numbers[None], numb
 def test_both_halves_compile_for_hopper(tmp_path: Path) -> None:
     """The interpreter accepts what the compiler does not; compiling takes no GPU."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parent)}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=280, check=False
+        [sys.executable, "-c", COMPILE],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert [line.split()[:2] for line in done.stdout.splitlines()] == [["feed", "_begin"], ["feed", "_end"]]

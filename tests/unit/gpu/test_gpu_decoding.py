@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import greedy_oracle, make_checkpoint
-from engine_kit import Kit
 
 from kvrelay.engine import runner as runner_module
 from kvrelay.engine.cuda_graphs import bucket_sizes
 from kvrelay.engine.kernels.gpu.feed import GpuFeed
 from kvrelay.engine.kernels.gpu.kernels import GpuKernels
 from kvrelay.engine.row_sampler import GpuSampler
+from tests.checkpoints import greedy_oracle, make_checkpoint
+from tests.unit.engine_kit import Kit
 
 MAX_ROWS = 4
 PROMPTS = [[5, 6, 7], [8] * 11, [9, 10]]

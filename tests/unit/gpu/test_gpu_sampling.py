@@ -14,6 +14,7 @@ from kvrelay.engine.kernels.gpu.weights import random_bits
 from kvrelay.engine.philox import uniforms
 from kvrelay.engine.sampler import sample
 from kvrelay.request import Sampling
+from tests.unit.kernel_cases import random_logits
 
 # As the sampler, the kernels rely on what float32 makes of numbers that are too large.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered")
@@ -33,10 +34,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "top_p, min_p": {"temperature": 1.5, "top_p": 0.875, "min_p": 0.0625},
     "all": {"temperature": 1.25, "top_k": 12, "top_p": 0.75, "min_p": 0.03125},
 }
-
-
-def random_logits(rows: int, vocabulary: int, seed: int = 3) -> torch.Tensor:
-    return torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed)) * 2
 
 
 def make_requests(*settings: dict[str, Any], seed: int = 1) -> list[Sampling]:

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from kvrelay.engine.kernels.gpu.weights import BUCKETS, LEAST_KEY, finite, heaviest_of_buckets, keys_of, weights_of
 
-__all__ = ["find", "has_top_k", "is_limited", "last_bucket", "mass_from", "threshold"]
+__all__ = ["find", "is_limited", "last_bucket", "mass_from", "threshold"]
 
 _PIVOTS = tl.constexpr(8)
 _PIVOT_TILE = tl.constexpr(2048)
