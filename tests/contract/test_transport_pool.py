@@ -63,7 +63,7 @@ async def test_it_ends_with_the_prompt(workers: Pair) -> None:
     handover, ticket = workers.prefill.grant(BLOCKS)
     task = asyncio.create_task(workers.decode.puller.pull(ticket, BLOCKS, 0, borrowed=True))
     handover.advance(7)
-    await until(lambda: bool(workers.decode.links.status()))
+    await until(lambda: workers.prefill.leases.owner("r1") == workers.decode.links.worker_id)
     assert not task.done()
     assert workers.prefill.freed == []
     handover.complete(5, workers.prefill.now)
@@ -75,7 +75,7 @@ async def test_nothing_counts_before_the_prompt_is_done(workers: Pair) -> None:
     handover, ticket = workers.prefill.grant(BLOCKS)
     handover.advance(7)
     task = asyncio.create_task(workers.decode.puller.pull(ticket, BLOCKS, 0, borrowed=True))
-    await until(lambda: bool(workers.decode.links.status()))
+    await until(lambda: workers.prefill.leases.owner("r1") == workers.decode.links.worker_id)
     workers.prefill.leases.end("r1", EndReason.FAILED)
     with pytest.raises(TransferFailed) as caught:
         await task
