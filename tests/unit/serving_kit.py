@@ -63,6 +63,7 @@ class PrefillWorker(Worker):
 
     Attributes:
         sequences: those it was sent.
+        ended: set when a call has, by itself or by the gateway.
         reason: why the request ends with its first token, if it does.
     """
 
@@ -74,6 +75,7 @@ class PrefillWorker(Worker):
         self.nearly_done = asyncio.Event()
         self.prompt_done = asyncio.Event()
         self.released = asyncio.Event()
+        self.ended = asyncio.Event()
 
     @contextlib.asynccontextmanager
     async def prefill(
@@ -93,7 +95,10 @@ class PrefillWorker(Worker):
         token_id = token_at(len(sequence.completion_token_ids))
         first = worker_pb2.FirstToken(token_id=token_id, finish_reason=self.reason)
         yield worker_pb2.PrefillResponse(first_token=first)
-        await self.released.wait()
+        try:
+            await self.released.wait()
+        finally:
+            self.ended.set()
 
 
 @dataclass
