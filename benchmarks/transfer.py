@@ -86,7 +86,8 @@ async def serve(shape: str, tokens: int, num_tickets: int) -> None:
     blocks, offer = tuple(range(cache.num_blocks)), offer_pool(cache)
     tickets = []
     for number in range(num_tickets):
-        handover, ticket = leases.grant(f"r{number}", blocks, (0,) * len(blocks), time.time())
+        generations = (0,) * len(blocks)
+        handover, ticket = leases.grant(f"r{number}", "gateway", blocks, generations, time.time(), ends_with_call=True)
         handover.complete(42, time.time())
         tickets.append(sign_ticket(ticket, KEY).hex())
     shm = dataclasses.asdict(offer) if offer else None

@@ -11,7 +11,7 @@ _BLAMELESS = frozenset({"WORKER_DRAINING", "EVICTED", "NO_WORKERS"})
 # The worker is not there for this request; another, or another start of this one, may be.
 _ABSENCES = frozenset({"WORKER_LOST", "STALE_EPOCH", "NO_FRAME_STREAM"})
 # The KV cache is not there, or did not come over; it is computed again.
-_LOST_CACHES = frozenset({"HANDOVER_ENDED", "TRANSFER_FAILED", "LEASE_EXPIRED"})
+_LOST_CACHES = frozenset({"HANDOVER_ENDED", "TRANSFER_FAILED"})
 _FAILURES = _ABSENCES | _LOST_CACHES
 FIRST_DELAY_SECONDS = 0.1
 LONGEST_DELAY_SECONDS = 1.0

@@ -40,17 +40,18 @@ class HandoverSource:
             self._expiry.cancel()
 
     def grant(
-        self, request_id: str, owner: str, block_ids: tuple[int, ...], generations: tuple[int, ...]
+        self,
+        request_id: str,
+        owner: str,
+        block_ids: tuple[int, ...],
+        generations: tuple[int, ...],
+        *,
+        ends_with_call: bool,
     ) -> tuple[Handover, bytes]:
-        """Holds the blocks under a lease; answers with the signed ticket that opens it.
-
-        Args:
-            owner: the gateway that is going to carry the ticket.
-
-        Raises:
-            AlreadyExists, Unavailable: as `LeaseTable.grant`.
-        """
-        handover, ticket = self.leases.grant(request_id, owner, block_ids, generations, time.time())
+        """As `LeaseTable.grant`, now, with the ticket signed."""
+        handover, ticket = self.leases.grant(
+            request_id, owner, block_ids, generations, time.time(), ends_with_call=ends_with_call
+        )
         return handover, sign_ticket(ticket, self._key)
 
     def lease_seconds(self, request_id: str) -> float | None:

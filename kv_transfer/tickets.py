@@ -18,14 +18,14 @@ _MAC_BYTES = hashlib.sha256().digest_size
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """The right to pull `block_ids` from one start of one worker. Names blocks, never addresses.
+    """The right to pull `block_ids` from one start of one worker, for as long as that one holds them for the request.
+
+    Names blocks, never addresses. Has no end of its own: how long the blocks are held is not known when it is made.
 
     Attributes:
         epoch: which start of the worker; another start knows nothing of these blocks.
         block_ids: in the order of the prompt; none twice.
         generations: how often each block had been allocated when the ticket was made.
-        expires_unix_ms: a pull must begin before this time, on the prefill worker's clock, or within the first lease
-            after the prompt if that ends later.
     """
 
     request_id: str
@@ -33,7 +33,6 @@ class Ticket:
     epoch: int
     block_ids: tuple[int, ...]
     generations: tuple[int, ...]
-    expires_unix_ms: int
 
 
 def sign_ticket(ticket: Ticket, key: bytes) -> bytes:
@@ -44,7 +43,6 @@ def sign_ticket(ticket: Ticket, key: bytes) -> bytes:
         epoch=ticket.epoch,
         block_ids=ticket.block_ids,
         generations=ticket.generations,
-        expires_unix_ms=ticket.expires_unix_ms,
     ).SerializeToString()
     return kv_pb2.SignedTicket(ticket=body, mac=_mac(body, key)).SerializeToString()
 
@@ -71,7 +69,6 @@ def open_ticket(data: bytes, key: bytes) -> Ticket:
         epoch=body.epoch,
         block_ids=tuple(body.block_ids),
         generations=tuple(body.generations),
-        expires_unix_ms=body.expires_unix_ms,
     )
 
 

@@ -13,7 +13,7 @@ from kvrelay.control.registry import ShmOffer
 from kvrelay.engine.events import Admitted, Event, Failed, Finished, Progress, Sampled, StepOutput
 from kvrelay.engine.sequence import Role
 from kvrelay.engine.sequence import Sequence as EngineSequence
-from kvrelay.errors import FailedPrecondition, KvrelayError
+from kvrelay.errors import KvrelayError
 from kvrelay.request import LinkStatus
 from kvrelay.rpc import Service, deadline_of
 from kvrelay.telemetry import Attribute, SpanName
@@ -115,7 +115,7 @@ class _PrefillCall:
         """The ticket, the last chunk and the first token; ends with the handover.
 
         Raises:
-            KvrelayError: the engine could not do it, or the lease ran out.
+            KvrelayError: the engine could not do it.
         """
         while (response := await self._outbox.get()) is not None:
             if isinstance(response, KvrelayError):
@@ -124,8 +124,8 @@ class _PrefillCall:
             yield response
             if response.HasField("first_token") and self._handover is not None:
                 break
-        if self._handover is not None and await self._handover.wait_ended() is EndReason.EXPIRED:
-            raise FailedPrecondition("no decode worker came for the KV cache in time", reason="LEASE_EXPIRED")
+        if self._handover is not None:
+            await self._handover.wait_ended()
 
     def on_event(self, event: Event, step: StepOutput) -> None:
         """Called by the engine, in order."""
@@ -151,7 +151,7 @@ class _PrefillCall:
         if len(self.request.completion_token_ids) + 1 == self.request.sampling.max_tokens:
             return  # nobody will come for the KV cache
         self._handover, ticket = self._worker.source.grant(
-            event.request_id, self.gateway_id, event.block_ids, event.generations
+            event.request_id, self.gateway_id, event.block_ids, event.generations, ends_with_call=True
         )
         self._handover.advance(event.num_cached_blocks)
         self._outbox.put_nowait(worker_pb2.PrefillResponse(admitted=worker_pb2.Admitted(ticket=ticket)))

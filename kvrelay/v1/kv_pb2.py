@@ -24,49 +24,49 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13kvrelay/v1/kv.proto\x12\nkvrelay.v1\"\x90\x01\n\x08KvLayout\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\x0c\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x12\n\nblock_size\x18\x04 \x01(\r\x12\x12\n\nnum_layers\x18\x05 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x06 \x01(\r\x12\x10\n\x08head_dim\x18\x07 \x01(\r\"\x81\x01\n\x08KvTicket\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x11\n\tblock_ids\x18\x04 \x03(\r\x12\x13\n\x0bgenerations\x18\x05 \x03(\x04\x12\x17\n\x0f\x65xpires_unix_ms\x18\x06 \x01(\x04\"+\n\x0cSignedTicket\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12\x0b\n\x03mac\x18\x02 \x01(\x0c\"\xa6\x01\n\x0bPairRequest\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\x01 \x01(\t\x12\x14\n\x0c\x64\x65\x63ode_epoch\x18\x02 \x01(\x04\x12$\n\x06layout\x18\x03 \x01(\x0b\x32\x14.kvrelay.v1.KvLayout\x12\x18\n\x10protocol_version\x18\x04 \x01(\r\x12\x12\n\ntransports\x18\x05 \x03(\t\x12\x13\n\x0bshared_pool\x18\x06 \x01(\x0c\"\xa9\x01\n\x0cPairResponse\x12\x19\n\x11prefill_worker_id\x18\x01 \x01(\t\x12\x15\n\rprefill_epoch\x18\x02 \x01(\x04\x12$\n\x06layout\x18\x03 \x01(\x0b\x32\x14.kvrelay.v1.KvLayout\x12\x18\n\x10protocol_version\x18\x04 \x01(\r\x12\x12\n\ntransports\x18\x05 \x03(\t\x12\x13\n\x0bshared_pool\x18\x06 \x01(\x0c\"\"\n\rExportRequest\x12\x11\n\ttransport\x18\x01 \x01(\t\"q\n\x0e\x45xportResponse\x12&\n\x04nixl\x18\x01 \x01(\x0b\x32\x16.kvrelay.v1.NixlExportH\x00\x12-\n\x08\x63uda_ipc\x18\x02 \x01(\x0b\x32\x19.kvrelay.v1.CudaIpcExportH\x00\x42\x08\n\x06\x65xport\"n\n\nNixlExport\x12\x10\n\x08metadata\x18\x01 \x01(\x0c\x12\x14\n\x0c\x62\x61se_address\x18\x02 \x01(\x04\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x14\n\x0c\x64\x65vice_index\x18\x04 \x01(\r\x12\x0e\n\x06on_gpu\x18\x05 \x01(\x08\"w\n\rCudaIpcExport\x12\x0f\n\x07host_id\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65vice_uuid\x18\x02 \x01(\t\x12\x0e\n\x06handle\x18\x03 \x01(\x0c\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x0c\n\x04size\x18\x05 \x01(\x04\x12\x12\n\nnum_blocks\x18\x06 \x01(\r\"!\n\x0cProbeRequest\x12\x11\n\tnum_bytes\x18\x01 \x01(\x04\"\x1d\n\rProbeResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"\x8b\x01\n\x0bPullRequest\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12\x13\n\x0bskip_blocks\x18\x02 \x01(\r\x12\x11\n\ttransport\x18\x03 \x01(\t\x12*\n\x08\x63hecksum\x18\x04 \x01(\x0e\x32\x18.kvrelay.v1.ChecksumMode\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\x05 \x01(\t\"r\n\x0cPullResponse\x12(\n\x05ready\x18\x01 \x01(\x0b\x32\x17.kvrelay.v1.ReadyBlocksH\x00\x12/\n\x08\x63omplete\x18\x02 \x01(\x0b\x32\x1b.kvrelay.v1.PrefillCompleteH\x00\x42\x07\n\x05\x65vent\"f\n\x0bReadyBlocks\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\r\n\x05\x63ount\x18\x02 \x01(\r\x12\x11\n\tchecksums\x18\x03 \x03(\x06\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x12\x18\n\x10\x66ollowed_at_once\x18\x05 \x01(\x08\"E\n\x0fPrefillComplete\x12\x16\n\x0e\x66irst_token_id\x18\x01 \x01(\r\x12\x1a\n\x12seconds_since_done\x18\x02 \x01(\x01\" \n\x0eReleaseRequest\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\"\x11\n\x0fReleaseResponse*w\n\x0c\x43hecksumMode\x12\x1d\n\x19\x43HECKSUM_MODE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x43HECKSUM_MODE_FULL\x10\x01\x12\x19\n\x15\x43HECKSUM_MODE_SAMPLED\x10\x02\x12\x15\n\x11\x43HECKSUM_MODE_OFF\x10\x03\x32\xc8\x02\n\tKvService\x12\x39\n\x04Pair\x12\x17.kvrelay.v1.PairRequest\x1a\x18.kvrelay.v1.PairResponse\x12?\n\x06\x45xport\x12\x19.kvrelay.v1.ExportRequest\x1a\x1a.kvrelay.v1.ExportResponse\x12>\n\x05Probe\x12\x18.kvrelay.v1.ProbeRequest\x1a\x19.kvrelay.v1.ProbeResponse0\x01\x12;\n\x04Pull\x12\x17.kvrelay.v1.PullRequest\x1a\x18.kvrelay.v1.PullResponse0\x01\x12\x42\n\x07Release\x12\x1a.kvrelay.v1.ReleaseRequest\x1a\x1b.kvrelay.v1.ReleaseResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13kvrelay/v1/kv.proto\x12\nkvrelay.v1\"\x90\x01\n\x08KvLayout\x12\x0f\n\x07version\x18\x01 \x01(\r\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\x0c\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x12\n\nblock_size\x18\x04 \x01(\r\x12\x12\n\nnum_layers\x18\x05 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x06 \x01(\r\x12\x10\n\x08head_dim\x18\x07 \x01(\r\"n\n\x08KvTicket\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x11\n\tworker_id\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\x04\x12\x11\n\tblock_ids\x18\x04 \x03(\r\x12\x13\n\x0bgenerations\x18\x05 \x03(\x04J\x04\x08\x06\x10\x07\"+\n\x0cSignedTicket\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12\x0b\n\x03mac\x18\x02 \x01(\x0c\"\xa6\x01\n\x0bPairRequest\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\x01 \x01(\t\x12\x14\n\x0c\x64\x65\x63ode_epoch\x18\x02 \x01(\x04\x12$\n\x06layout\x18\x03 \x01(\x0b\x32\x14.kvrelay.v1.KvLayout\x12\x18\n\x10protocol_version\x18\x04 \x01(\r\x12\x12\n\ntransports\x18\x05 \x03(\t\x12\x13\n\x0bshared_pool\x18\x06 \x01(\x0c\"\xa9\x01\n\x0cPairResponse\x12\x19\n\x11prefill_worker_id\x18\x01 \x01(\t\x12\x15\n\rprefill_epoch\x18\x02 \x01(\x04\x12$\n\x06layout\x18\x03 \x01(\x0b\x32\x14.kvrelay.v1.KvLayout\x12\x18\n\x10protocol_version\x18\x04 \x01(\r\x12\x12\n\ntransports\x18\x05 \x03(\t\x12\x13\n\x0bshared_pool\x18\x06 \x01(\x0c\"\"\n\rExportRequest\x12\x11\n\ttransport\x18\x01 \x01(\t\"q\n\x0e\x45xportResponse\x12&\n\x04nixl\x18\x01 \x01(\x0b\x32\x16.kvrelay.v1.NixlExportH\x00\x12-\n\x08\x63uda_ipc\x18\x02 \x01(\x0b\x32\x19.kvrelay.v1.CudaIpcExportH\x00\x42\x08\n\x06\x65xport\"n\n\nNixlExport\x12\x10\n\x08metadata\x18\x01 \x01(\x0c\x12\x14\n\x0c\x62\x61se_address\x18\x02 \x01(\x04\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x14\n\x0c\x64\x65vice_index\x18\x04 \x01(\r\x12\x0e\n\x06on_gpu\x18\x05 \x01(\x08\"w\n\rCudaIpcExport\x12\x0f\n\x07host_id\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65vice_uuid\x18\x02 \x01(\t\x12\x0e\n\x06handle\x18\x03 \x01(\x0c\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x0c\n\x04size\x18\x05 \x01(\x04\x12\x12\n\nnum_blocks\x18\x06 \x01(\r\"!\n\x0cProbeRequest\x12\x11\n\tnum_bytes\x18\x01 \x01(\x04\"\x1d\n\rProbeResponse\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"\x8b\x01\n\x0bPullRequest\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\x12\x13\n\x0bskip_blocks\x18\x02 \x01(\r\x12\x11\n\ttransport\x18\x03 \x01(\t\x12*\n\x08\x63hecksum\x18\x04 \x01(\x0e\x32\x18.kvrelay.v1.ChecksumMode\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\x05 \x01(\t\"r\n\x0cPullResponse\x12(\n\x05ready\x18\x01 \x01(\x0b\x32\x17.kvrelay.v1.ReadyBlocksH\x00\x12/\n\x08\x63omplete\x18\x02 \x01(\x0b\x32\x1b.kvrelay.v1.PrefillCompleteH\x00\x42\x07\n\x05\x65vent\"f\n\x0bReadyBlocks\x12\r\n\x05\x66irst\x18\x01 \x01(\r\x12\r\n\x05\x63ount\x18\x02 \x01(\r\x12\x11\n\tchecksums\x18\x03 \x03(\x06\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\x12\x18\n\x10\x66ollowed_at_once\x18\x05 \x01(\x08\"E\n\x0fPrefillComplete\x12\x16\n\x0e\x66irst_token_id\x18\x01 \x01(\r\x12\x1a\n\x12seconds_since_done\x18\x02 \x01(\x01\" \n\x0eReleaseRequest\x12\x0e\n\x06ticket\x18\x01 \x01(\x0c\"\x11\n\x0fReleaseResponse*w\n\x0c\x43hecksumMode\x12\x1d\n\x19\x43HECKSUM_MODE_UNSPECIFIED\x10\x00\x12\x16\n\x12\x43HECKSUM_MODE_FULL\x10\x01\x12\x19\n\x15\x43HECKSUM_MODE_SAMPLED\x10\x02\x12\x15\n\x11\x43HECKSUM_MODE_OFF\x10\x03\x32\xc8\x02\n\tKvService\x12\x39\n\x04Pair\x12\x17.kvrelay.v1.PairRequest\x1a\x18.kvrelay.v1.PairResponse\x12?\n\x06\x45xport\x12\x19.kvrelay.v1.ExportRequest\x1a\x1a.kvrelay.v1.ExportResponse\x12>\n\x05Probe\x12\x18.kvrelay.v1.ProbeRequest\x1a\x19.kvrelay.v1.ProbeResponse0\x01\x12;\n\x04Pull\x12\x17.kvrelay.v1.PullRequest\x1a\x18.kvrelay.v1.PullResponse0\x01\x12\x42\n\x07Release\x12\x1a.kvrelay.v1.ReleaseRequest\x1a\x1b.kvrelay.v1.ReleaseResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'kvrelay.v1.kv_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CHECKSUMMODE']._serialized_start=1636
-  _globals['_CHECKSUMMODE']._serialized_end=1755
+  _globals['_CHECKSUMMODE']._serialized_start=1616
+  _globals['_CHECKSUMMODE']._serialized_end=1735
   _globals['_KVLAYOUT']._serialized_start=36
   _globals['_KVLAYOUT']._serialized_end=180
-  _globals['_KVTICKET']._serialized_start=183
-  _globals['_KVTICKET']._serialized_end=312
-  _globals['_SIGNEDTICKET']._serialized_start=314
-  _globals['_SIGNEDTICKET']._serialized_end=357
-  _globals['_PAIRREQUEST']._serialized_start=360
-  _globals['_PAIRREQUEST']._serialized_end=526
-  _globals['_PAIRRESPONSE']._serialized_start=529
-  _globals['_PAIRRESPONSE']._serialized_end=698
-  _globals['_EXPORTREQUEST']._serialized_start=700
-  _globals['_EXPORTREQUEST']._serialized_end=734
-  _globals['_EXPORTRESPONSE']._serialized_start=736
-  _globals['_EXPORTRESPONSE']._serialized_end=849
-  _globals['_NIXLEXPORT']._serialized_start=851
-  _globals['_NIXLEXPORT']._serialized_end=961
-  _globals['_CUDAIPCEXPORT']._serialized_start=963
-  _globals['_CUDAIPCEXPORT']._serialized_end=1082
-  _globals['_PROBEREQUEST']._serialized_start=1084
-  _globals['_PROBEREQUEST']._serialized_end=1117
-  _globals['_PROBERESPONSE']._serialized_start=1119
-  _globals['_PROBERESPONSE']._serialized_end=1148
-  _globals['_PULLREQUEST']._serialized_start=1151
-  _globals['_PULLREQUEST']._serialized_end=1290
-  _globals['_PULLRESPONSE']._serialized_start=1292
-  _globals['_PULLRESPONSE']._serialized_end=1406
-  _globals['_READYBLOCKS']._serialized_start=1408
-  _globals['_READYBLOCKS']._serialized_end=1510
-  _globals['_PREFILLCOMPLETE']._serialized_start=1512
-  _globals['_PREFILLCOMPLETE']._serialized_end=1581
-  _globals['_RELEASEREQUEST']._serialized_start=1583
-  _globals['_RELEASEREQUEST']._serialized_end=1615
-  _globals['_RELEASERESPONSE']._serialized_start=1617
-  _globals['_RELEASERESPONSE']._serialized_end=1634
-  _globals['_KVSERVICE']._serialized_start=1758
-  _globals['_KVSERVICE']._serialized_end=2086
+  _globals['_KVTICKET']._serialized_start=182
+  _globals['_KVTICKET']._serialized_end=292
+  _globals['_SIGNEDTICKET']._serialized_start=294
+  _globals['_SIGNEDTICKET']._serialized_end=337
+  _globals['_PAIRREQUEST']._serialized_start=340
+  _globals['_PAIRREQUEST']._serialized_end=506
+  _globals['_PAIRRESPONSE']._serialized_start=509
+  _globals['_PAIRRESPONSE']._serialized_end=678
+  _globals['_EXPORTREQUEST']._serialized_start=680
+  _globals['_EXPORTREQUEST']._serialized_end=714
+  _globals['_EXPORTRESPONSE']._serialized_start=716
+  _globals['_EXPORTRESPONSE']._serialized_end=829
+  _globals['_NIXLEXPORT']._serialized_start=831
+  _globals['_NIXLEXPORT']._serialized_end=941
+  _globals['_CUDAIPCEXPORT']._serialized_start=943
+  _globals['_CUDAIPCEXPORT']._serialized_end=1062
+  _globals['_PROBEREQUEST']._serialized_start=1064
+  _globals['_PROBEREQUEST']._serialized_end=1097
+  _globals['_PROBERESPONSE']._serialized_start=1099
+  _globals['_PROBERESPONSE']._serialized_end=1128
+  _globals['_PULLREQUEST']._serialized_start=1131
+  _globals['_PULLREQUEST']._serialized_end=1270
+  _globals['_PULLRESPONSE']._serialized_start=1272
+  _globals['_PULLRESPONSE']._serialized_end=1386
+  _globals['_READYBLOCKS']._serialized_start=1388
+  _globals['_READYBLOCKS']._serialized_end=1490
+  _globals['_PREFILLCOMPLETE']._serialized_start=1492
+  _globals['_PREFILLCOMPLETE']._serialized_end=1561
+  _globals['_RELEASEREQUEST']._serialized_start=1563
+  _globals['_RELEASEREQUEST']._serialized_end=1595
+  _globals['_RELEASERESPONSE']._serialized_start=1597
+  _globals['_RELEASERESPONSE']._serialized_end=1614
+  _globals['_KVSERVICE']._serialized_start=1738
+  _globals['_KVSERVICE']._serialized_end=2066
 # @@protoc_insertion_point(module_scope)

@@ -37,20 +37,18 @@ class KvLayout(_message.Message):
     def __init__(self, version: _Optional[int] = ..., model_digest: _Optional[bytes] = ..., dtype: _Optional[str] = ..., block_size: _Optional[int] = ..., num_layers: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ...) -> None: ...
 
 class KvTicket(_message.Message):
-    __slots__ = ("request_id", "worker_id", "epoch", "block_ids", "generations", "expires_unix_ms")
+    __slots__ = ("request_id", "worker_id", "epoch", "block_ids", "generations")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
     GENERATIONS_FIELD_NUMBER: _ClassVar[int]
-    EXPIRES_UNIX_MS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     worker_id: str
     epoch: int
     block_ids: _containers.RepeatedScalarFieldContainer[int]
     generations: _containers.RepeatedScalarFieldContainer[int]
-    expires_unix_ms: int
-    def __init__(self, request_id: _Optional[str] = ..., worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., generations: _Optional[_Iterable[int]] = ..., expires_unix_ms: _Optional[int] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., worker_id: _Optional[str] = ..., epoch: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., generations: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class SignedTicket(_message.Message):
     __slots__ = ("ticket", "mac")

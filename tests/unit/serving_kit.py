@@ -165,6 +165,7 @@ class Run:
     account: Account = field(default_factory=Account)
     stop: tuple[str, ...] = ()
     mode: Disaggregation = Disaggregation.ALWAYS
+    request_id: str = "request"
 
     def __post_init__(self) -> None:
         text: Any = _Words()
@@ -175,7 +176,7 @@ class Run:
         fleet: Any = Workers(self.workers)
         span: Any = self.span
         dispatch = Dispatch(fleet, block_size=16, wait_seconds=0.0, costs=Costs(self.mode))
-        request = Request("request", PROMPT, Sampling(max_tokens=MAX_TOKENS))
+        request = Request(self.request_id, PROMPT, Sampling(max_tokens=MAX_TOKENS))
         serving = Serving(
             request,
             self.completion,

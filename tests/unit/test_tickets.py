@@ -13,7 +13,7 @@ from kvrelay.errors import FailedPrecondition, PermissionDenied
 from kvrelay.v1 import kv_pb2
 
 KEY = b"k" * 32
-TICKET = Ticket("r1", "prefill-0", 3, (5, 0, 7), (1, 2, 3), 1_700_000_000_000)
+TICKET = Ticket("r1", "prefill-0", 3, (5, 0, 7), (1, 2, 3))
 LAYOUT = KvLayout(b"m" * 32, "float32", block_size=16, num_layers=2, num_kv_heads=2, head_dim=16)
 
 
@@ -30,7 +30,6 @@ def refused(data: bytes) -> bool:
         request_id=st.text(),
         worker_id=st.text(),
         epoch=st.integers(0, 2**64 - 1),
-        expires_unix_ms=st.integers(0, 2**64 - 1),
     )
 )
 def test_what_was_signed_is_what_opens(ticket: Ticket) -> None:
