@@ -43,6 +43,8 @@ class Recovery:
         """
         if error.reason not in _FAILURES | _BLAMELESS or self._num_failures > self._max_failures:
             raise error
+        if _came_too_late(error):
+            return
         if start is not None:
             self.avoided.add(start)
         if error.reason in _FAILURES:
@@ -61,6 +63,11 @@ class Recovery:
 def leaves_the_ticket(error: KvrelayError) -> bool:
     """Whether a decode worker's error says nothing against the KV cache that it was to take over."""
     return error.reason in _ABSENCES | _BLAMELESS
+
+
+def _came_too_late(error: KvrelayError) -> bool:
+    """Whether a decode worker found that the lease had ended, which it can do nothing about."""
+    return error.reason == "TRANSFER_FAILED" and error.metadata.get("cause") == "TICKET_UNKNOWN"
 
 
 def _given_up(error: KvrelayError, num_failures: int) -> Unavailable:
