@@ -85,14 +85,18 @@ class PrefillWorker(worker_pb2_grpc.PrefillServiceServicer):
         check_epoch(request.worker_epoch, self.source.leases.epoch)
         call = _PrefillCall(self, request)
         sequence = EngineSequence(call.request, Role.PREFILL, arrival=call.arrival, deadline=deadline_of(context))
-        await self.engine.submit(sequence, call.on_event)
+        try:
+            await self.engine.submit(sequence, call.on_event)
+        except asyncio.CancelledError:
+            call.end_lease()  # the events of its first step may have overtaken the answer
+            raise
         self._calls[call.request.request_id] = call
         try:
             async for response in call.responses():
                 yield response
         finally:
             del self._calls[call.request.request_id]
-            self.source.leases.end(call.request.request_id, EndReason.ABORTED)
+            call.end_lease()
             self.engine.abort(call.request.request_id)
 
 
@@ -126,6 +130,11 @@ class _PrefillCall:
                 break
         if self._handover is not None:
             await self._handover.wait_ended()
+
+    def end_lease(self) -> None:
+        """Ends the lease that was granted to this call, if one was; another with its request's id may have one."""
+        if self._handover is not None:
+            self._worker.source.leases.end(self.request.request_id, EndReason.ABORTED)
 
     def on_event(self, event: Event, step: StepOutput) -> None:
         """Called by the engine, in order."""
