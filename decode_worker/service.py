@@ -246,7 +246,7 @@ class _DecodeCall:
             end.request_id, self.gateway_id, end.block_ids, end.generations, ends_with_call=False
         )
         self.left = True
-        handover.complete(end.last_token_id, time.time())
+        handover.complete(end.last_token_id, time.monotonic())
         return ticket
 
     def _trace(self, name: str, started: float, ended: float, more: Mapping[str, int]) -> None:

@@ -24,8 +24,8 @@ class LeaseTable:
 
     A lease either ends with the call that it was granted in, however long that waits for a decode worker with room; or
     there is no such call, and it runs out `lease_seconds` after the last of its grant and its renewals. A ticket opens
-    what it names for as long as its lease lasts. All times are seconds on one clock, given by the caller. Belongs to
-    one event loop.
+    what it names for as long as its lease lasts. Times are seconds on a clock that nobody sets, given by the caller.
+    Belongs to one event loop.
 
     Attributes:
         epoch: of this start of the worker; 0 until it has registered.

@@ -50,15 +50,15 @@ class HandoverSource:
     ) -> tuple[Handover, bytes]:
         """As `LeaseTable.grant`, now, with the ticket signed."""
         handover, ticket = self.leases.grant(
-            request_id, owner, block_ids, generations, time.time(), ends_with_call=ends_with_call
+            request_id, owner, block_ids, generations, time.monotonic(), ends_with_call=ends_with_call
         )
         return handover, sign_ticket(ticket, self._key)
 
     def lease_seconds(self, request_id: str) -> float | None:
         """As `LeaseTable.lease_seconds`, now."""
-        return self.leases.lease_seconds(request_id, time.time())
+        return self.leases.lease_seconds(request_id, time.monotonic())
 
     async def _expire(self) -> None:
         while True:
             await asyncio.sleep(LEASE_CHECK_SECONDS)
-            self.leases.expire(time.time())
+            self.leases.expire(time.monotonic())

@@ -187,7 +187,7 @@ class _PrefillCall:
             self._worker.source.leases.end(event.request_id, EndReason.ABORTED)
             self._handover = None
         elif self._handover is not None:
-            self._handover.complete(token.token_id, time.time())
+            self._handover.complete(token.token_id, time.monotonic())
         self._outbox.put_nowait(worker_pb2.PrefillResponse(first_token=first))
 
     def _trace(self, name: str, started: float, ended: float) -> None:
