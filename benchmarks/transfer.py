@@ -86,8 +86,11 @@ async def serve(shape: str, tokens: int, num_tickets: int) -> None:
     blocks, offer = tuple(range(cache.num_blocks)), offer_pool(cache)
     tickets = []
     for number in range(num_tickets):
-        handover, ticket = leases.grant(f"r{number}", "gateway", blocks, (0,) * len(blocks), time.time())
-        handover.complete(42, time.time())
+        generations = (0,) * len(blocks)
+        handover, ticket = leases.grant(
+            f"r{number}", "gateway", blocks, generations, time.monotonic(), ends_with_call=True
+        )
+        handover.complete(42, time.monotonic())
         tickets.append(sign_ticket(ticket, KEY).hex())
     shm = dataclasses.asdict(offer) if offer else None
     print(json.dumps({"port": port, "shm": shm, "tickets": tickets}), flush=True)

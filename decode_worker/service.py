@@ -239,9 +239,11 @@ class _DecodeCall:
 
     def _hold(self, end: HandedOver) -> bytes:
         """Puts the blocks under a lease; the ticket for whoever goes on."""
-        handover, ticket = self._worker.source.grant(end.request_id, self.gateway_id, end.block_ids, end.generations)
+        handover, ticket = self._worker.source.grant(
+            end.request_id, self.gateway_id, end.block_ids, end.generations, ends_with_call=False
+        )
         self.left = True
-        handover.complete(end.last_token_id, time.time())
+        handover.complete(end.last_token_id, time.monotonic())
         return ticket
 
     def _trace(self, name: str, started: float, ended: float, more: Mapping[str, int]) -> None:

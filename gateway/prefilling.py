@@ -38,6 +38,10 @@ class Prefilling:
         """Whether the ticket opens something, as far as is known here."""
         return not self._reading.done()
 
+    def give_back(self) -> None:
+        """Nobody comes for the ticket any more: the worker frees what it opens."""
+        self._reading.cancel()
+
     async def __aenter__(self) -> "Prefilling":
         return self
 

@@ -12,7 +12,7 @@ _BLAMELESS = frozenset({"WORKER_DRAINING", "EVICTED", "NO_WORKERS", "ALREADY_ON_
 # The worker is not there for this request; another, or another start of this one, may be.
 _ABSENCES = frozenset({"WORKER_LOST", "STALE_EPOCH", "NO_FRAME_STREAM"})
 # The KV cache is not there, or did not come over; it is computed again.
-_LOST_CACHES = frozenset({"HANDOVER_ENDED", "TRANSFER_FAILED", "LEASE_EXPIRED"})
+_LOST_CACHES = frozenset({"HANDOVER_ENDED", "TRANSFER_FAILED"})
 _FAILURES = _ABSENCES | _LOST_CACHES
 FIRST_DELAY_SECONDS = 0.1
 LONGEST_DELAY_SECONDS = 1.0
@@ -44,6 +44,8 @@ class Recovery:
         """
         if error.reason not in _FAILURES | _BLAMELESS or self._num_failures > self._max_failures:
             raise error
+        if _came_too_late(error):
+            return
         if start is not None:
             self.avoided.add(start)
         if error.reason in _FAILURES:
@@ -62,6 +64,12 @@ class Recovery:
 def leaves_the_ticket(error: KvrelayError) -> bool:
     """Whether a decode worker's error says nothing against the KV cache that it was to take over."""
     return error.reason in _ABSENCES | _BLAMELESS
+
+
+def _came_too_late(error: KvrelayError) -> bool:
+    """Whether a decode worker found that the lease or the ticket had ended, which it can do nothing about."""
+    causes = {"TICKET_UNKNOWN", "TICKET_EXPIRED"}
+    return error.reason == "TRANSFER_FAILED" and error.metadata.get("cause") in causes
 
 
 def _given_up(error: KvrelayError, num_failures: int) -> Unavailable:

@@ -153,7 +153,20 @@ class Serving:
         if not first_token.done():
             _raise_unless_explained_by_prefill(decoding)
             await asyncio.wait([first_token])
-        return self._take_first_token(first_token.result(), request, placement) or await decoding
+        reason = self._take_first_token(first_token.result(), request, placement)
+        if reason is not None:
+            return reason
+        await self._until_beyond_first_token(request, decoding)
+        prefilling.give_back()  # a decode worker that did without it releases nothing
+        return await decoding
+
+    async def _until_beyond_first_token(self, request: Request, decoding: "asyncio.Task[FinishReason]") -> None:
+        """Until a decode worker has what it needs, taken over or computed again, or is done."""
+        beyond = asyncio.create_task(self._completion.wait_for(len(request.completion_token_ids) + 2))
+        try:
+            await asyncio.wait([beyond, decoding], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            beyond.cancel()
 
     def _take_first_token(
         self, first: worker_pb2.FirstToken, request: Request, placement: Placement

@@ -1,4 +1,4 @@
-"""Leases: the blocks that a worker holds for others, each with an owner and an expiry."""
+"""Leases: the blocks that a worker holds for others, each with an owner and an end."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,23 +10,22 @@ from kvrelay.errors import AlreadyExists, FailedPrecondition, NotFound, Unavaila
 
 __all__ = ["LeaseTable"]
 
-# A ticket that leaks is worth nothing after this time, however long its lease is renewed. It ends no lease early.
-TICKET_SECONDS = 600.0
-
 
 @dataclass(slots=True)
 class _Lease:
     handover: Handover
     owner: str
+    ends_with_call: bool
     renewed_at: float
 
 
 class LeaseTable:
     """Request id -> handover under a lease.
 
-    A lease runs out `lease_seconds` after the last of: its grant, the end of the prompt, its last renewal. It does not
-    run out before the prompt is done. All times are seconds of Unix time, given by the caller. Belongs to one event
-    loop.
+    A lease either ends with the call that it was granted in, however long that waits for a decode worker with room; or
+    there is no such call, and it runs out `lease_seconds` after the last of its grant and its renewals. A ticket opens
+    what it names for as long as its lease lasts. Times are seconds on a clock that nobody sets, given by the caller.
+    Belongs to one event loop.
 
     Attributes:
         epoch: of this start of the worker; 0 until it has registered.
@@ -67,12 +66,20 @@ class LeaseTable:
         self.epoch = epoch
 
     def grant(
-        self, request_id: str, owner: str, block_ids: tuple[int, ...], generations: tuple[int, ...], now: float
+        self,
+        request_id: str,
+        owner: str,
+        block_ids: tuple[int, ...],
+        generations: tuple[int, ...],
+        now: float,
+        *,
+        ends_with_call: bool,
     ) -> tuple[Handover, Ticket]:
         """Begins a lease.
 
         Args:
             owner: the gateway that carries the ticket.
+            ends_with_call: a call of the owner's stays open, whose handler calls `end`; so the lease does not run out.
 
         Raises:
             AlreadyExists: the request has one.
@@ -83,22 +90,25 @@ class LeaseTable:
         if request_id in self._leases:
             raise AlreadyExists(f"blocks are held for request {request_id} already")
         handover = Handover(request_id, block_ids, generations)
-        self._leases[request_id] = _Lease(handover, owner, renewed_at=now)
-        expires = int((now + max(TICKET_SECONDS, self._lease_seconds)) * 1000)
-        return handover, Ticket(request_id, self.worker_id, self.epoch, block_ids, generations, expires)
+        self._leases[request_id] = _Lease(handover, owner, ends_with_call, renewed_at=now)
+        return handover, Ticket(request_id, self.worker_id, self.epoch, block_ids, generations)
 
     def find(self, ticket: Ticket, now: float) -> Handover:
-        """The handover that the ticket opens, for a pull that begins now.
+        """The handover that the ticket opens.
 
         Raises:
             NotFound: nothing is held for it (any more); reason TICKET_UNKNOWN.
-            FailedPrecondition: reason STALE_EPOCH, TICKET_EXPIRED, or STALE_GENERATION if a block means another
-                content by now.
+            FailedPrecondition: reason STALE_EPOCH, or STALE_GENERATION if a block means another content by now.
         """
-        handover = self._live(ticket, now)
-        if now >= max(ticket.expires_unix_ms / 1000, self._first_end(handover)):
-            raise FailedPrecondition("the KV ticket has expired", reason="TICKET_EXPIRED")
-        return handover
+        if ticket.worker_id == self.worker_id and ticket.epoch != self.epoch:
+            raise FailedPrecondition("the KV ticket is from an earlier start of this worker", reason="STALE_EPOCH")
+        lease = self._leases.get(ticket.request_id)
+        if ticket.worker_id != self.worker_id or lease is None or self._end_of(lease) <= now:
+            raise NotFound(f"nothing is held for request {ticket.request_id} (any more)", reason="TICKET_UNKNOWN")
+        if (ticket.block_ids, ticket.generations) != (lease.handover.block_ids, lease.handover.generations):
+            raise _stale_generation()
+        self.verify(lease.handover, 0, len(ticket.block_ids))
+        return lease.handover
 
     def pass_to(self, request_id: str, owner: str) -> None:
         """A decode worker pulls: the lease is that one's from now on. Unknown ids are passed over."""
@@ -129,16 +139,15 @@ class LeaseTable:
         """Ends the lease. That it does not raise proves that the blocks were held, and unchanged, until now.
 
         Raises:
-            NotFound, FailedPrecondition: as `find`, but for the ticket's expiry; or reason PREFILL_INCOMPLETE.
+            NotFound, FailedPrecondition: as `find`, or reason PREFILL_INCOMPLETE.
         """
-        handover = self._live(ticket, now)
-        if handover.first_token_id is None:
+        if self.find(ticket, now).first_token_id is None:
             raise FailedPrecondition("the prompt is still being computed", reason="PREFILL_INCOMPLETE")
         self._free(ticket.request_id, EndReason.RELEASED)
 
     def expire(self, now: float) -> list[str]:
         """Ends the leases that have run out; answers their request ids. To be called every second or so."""
-        expired = [request_id for request_id, lease in self._leases.items() if self._expires(lease) <= now]
+        expired = [request_id for request_id, lease in self._leases.items() if self._end_of(lease) <= now]
         for request_id in expired:
             self._expired.add(1)
             self._free(request_id, EndReason.EXPIRED)
@@ -156,29 +165,14 @@ class LeaseTable:
         return None if lease is None else lease.owner
 
     def lease_seconds(self, request_id: str, now: float) -> float | None:
-        """Seconds until the lease runs out; None while the prompt is being computed, and for unknown ids."""
+        """Seconds until the lease runs out; None where it ends with a call, and for unknown ids."""
         lease = self._leases.get(request_id)
-        if lease is None or lease.handover.completed_at is None:
+        if lease is None or lease.ends_with_call:
             return None
-        return max(0.0, self._expires(lease) - now)
+        return max(0.0, self._end_of(lease) - now)
 
-    def _live(self, ticket: Ticket, now: float) -> Handover:
-        if ticket.worker_id == self.worker_id and ticket.epoch != self.epoch:
-            raise FailedPrecondition("the KV ticket is from an earlier start of this worker", reason="STALE_EPOCH")
-        lease = self._leases.get(ticket.request_id)
-        if ticket.worker_id != self.worker_id or lease is None or self._expires(lease) <= now:
-            raise NotFound(f"nothing is held for request {ticket.request_id} (any more)", reason="TICKET_UNKNOWN")
-        if (ticket.block_ids, ticket.generations) != (lease.handover.block_ids, lease.handover.generations):
-            raise _stale_generation()
-        self.verify(lease.handover, 0, len(ticket.block_ids))
-        return lease.handover
-
-    def _expires(self, lease: _Lease) -> float:
-        return max(self._first_end(lease.handover), lease.renewed_at + self._lease_seconds)
-
-    def _first_end(self, handover: Handover) -> float:
-        """When the lease would run out if nobody renewed it."""
-        return float("inf") if handover.completed_at is None else handover.completed_at + self._lease_seconds
+    def _end_of(self, lease: _Lease) -> float:
+        return float("inf") if lease.ends_with_call else lease.renewed_at + self._lease_seconds
 
     def _free(self, request_id: str, reason: EndReason) -> None:
         self.end(request_id, reason)

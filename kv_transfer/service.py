@@ -53,7 +53,7 @@ class KvService(kv_pb2_grpc.KvServiceServicer):
 
     Args:
         key: the cluster's, which authenticates tickets.
-        clock: seconds of Unix time.
+        clock: of the leases, in seconds.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class KvService(kv_pb2_grpc.KvServiceServicer):
         leases: Leases,
         cache: KvCache,
         key: bytes,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._leases = leases
         self._cache = cache

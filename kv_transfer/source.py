@@ -66,17 +66,18 @@ class HandoverSource:
             self._expiry.cancel()
 
     def grant(
-        self, request_id: str, owner: str, block_ids: tuple[int, ...], generations: tuple[int, ...]
+        self,
+        request_id: str,
+        owner: str,
+        block_ids: tuple[int, ...],
+        generations: tuple[int, ...],
+        *,
+        ends_with_call: bool,
     ) -> tuple[Handover, bytes]:
-        """Holds the blocks under a lease; answers with the signed ticket that opens it.
-
-        Args:
-            owner: the gateway that is going to carry the ticket.
-
-        Raises:
-            AlreadyExists, Unavailable: as `LeaseTable.grant`.
-        """
-        handover, ticket = self.leases.grant(request_id, owner, block_ids, generations, time.time())
+        """As `LeaseTable.grant`, now, with the ticket signed."""
+        handover, ticket = self.leases.grant(
+            request_id, owner, block_ids, generations, time.monotonic(), ends_with_call=ends_with_call
+        )
         return handover, sign_ticket(ticket, self._key)
 
     async def wait_released(self) -> None:
@@ -94,9 +95,9 @@ class HandoverSource:
 
     def lease_seconds(self, request_id: str) -> float | None:
         """As `LeaseTable.lease_seconds`, now."""
-        return self.leases.lease_seconds(request_id, time.time())
+        return self.leases.lease_seconds(request_id, time.monotonic())
 
     async def _expire(self) -> None:
         while True:
             await asyncio.sleep(LEASE_CHECK_SECONDS)
-            self.leases.expire(time.time())
+            self.leases.expire(time.monotonic())

@@ -281,7 +281,8 @@ class HeldBlocks:
 
     Attributes:
         state: the sequence's: running, transferring or held.
-        lease_seconds: until the lease ends; None where the sequence itself holds the blocks.
+        lease_seconds: until the lease runs out; None where an open call holds the blocks, and they are free when it
+            ends.
         owner: who has to end it: the gateway whose request it is or, once one has pulled, the decode worker that takes
             the blocks over. Empty: nobody, they are about to be free.
     """

@@ -182,7 +182,7 @@ class TransferSettings:
         "which blocks that were moved are verified by an XXH3 checksum: all, one in eight, or none",
         choices=("full", "sampled", "off"),
     )
-    lease_seconds: float = setting(30.0, "how long blocks are held for a decode worker that is silent", minimum=0.1)
+    lease_seconds: float = setting(30.0, "how long a worker that drains holds blocks that nobody fetches", minimum=0.1)
 
 
 @dataclass(frozen=True, slots=True)

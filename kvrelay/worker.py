@@ -80,7 +80,8 @@ class Part(Protocol):
     def begin(self, epoch: int) -> None:
         """The worker is registered, under this epoch; calls come from now on.
 
-        Begins again, under a higher epoch, when the worker was taken for lost; no call of the former one is left.
+        Begins again, under a higher epoch, when the worker was taken for lost; no call of the former one is left, and
+        none has come since.
         """
 
     async def stop(self) -> None:
@@ -125,12 +126,17 @@ async def run_worker(
         cleanup.callback(engine.stop)
         await directory.start()
         cleanup.push_async_callback(directory.stop)
+
+        def begin_anew(epoch: int) -> None:
+            worker.begin(epoch)
+            server.unfence()
+
         registration = Registration(
             redis,
             cluster_key,
             worker.load,
-            on_lapse=lambda: server.end_calls(_taken_for_lost()),
-            on_new_epoch=worker.begin,
+            on_lapse=lambda: server.fence(_taken_for_lost()),
+            on_new_epoch=begin_anew,
             lease_seconds=lease_seconds,
             interval=interval,
         )

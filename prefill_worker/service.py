@@ -11,7 +11,7 @@ from kvrelay import failpoints, telemetry, wire
 from kvrelay.engine.events import Admitted, Event, Failed, Finished, Progress, Sampled, StepOutput
 from kvrelay.engine.sequence import Role
 from kvrelay.engine.sequence import Sequence as EngineSequence
-from kvrelay.errors import FailedPrecondition, KvrelayError
+from kvrelay.errors import KvrelayError
 from kvrelay.request import LinkStatus
 from kvrelay.rpc import Service, deadline_of
 from kvrelay.telemetry import Attribute, SpanName
@@ -70,14 +70,18 @@ class PrefillWorker(worker_pb2_grpc.PrefillServiceServicer):
         check_epoch(request.worker_epoch, self.source.leases.epoch)
         call = _PrefillCall(self, request)
         sequence = EngineSequence(call.request, Role.PREFILL, arrival=call.arrival, deadline=deadline_of(context))
-        await self.engine.submit(sequence, call.on_event)
+        try:
+            await self.engine.submit(sequence, call.on_event)
+        except asyncio.CancelledError:
+            call.end_lease()  # the events of its first step may have overtaken the answer
+            raise
         self._calls[call.request.request_id] = call
         try:
             async for response in call.responses():
                 yield response
         finally:
             del self._calls[call.request.request_id]
-            self.source.leases.end(call.request.request_id, EndReason.ABORTED)
+            call.end_lease()
             self.engine.abort(call.request.request_id)
 
 
@@ -100,7 +104,7 @@ class _PrefillCall:
         """The ticket, the last chunk and the first token; ends with the handover.
 
         Raises:
-            KvrelayError: the engine could not do it, or the lease ran out.
+            KvrelayError: the engine could not do it.
         """
         while (response := await self._outbox.get()) is not None:
             if isinstance(response, KvrelayError):
@@ -109,8 +113,13 @@ class _PrefillCall:
             yield response
             if response.HasField("first_token") and self._handover is not None:
                 break
-        if self._handover is not None and await self._handover.wait_ended() is EndReason.EXPIRED:
-            raise FailedPrecondition("no decode worker came for the KV cache in time", reason="LEASE_EXPIRED")
+        if self._handover is not None:
+            await self._handover.wait_ended()
+
+    def end_lease(self) -> None:
+        """Ends the lease that was granted to this call, if one was; another with its request's id may have one."""
+        if self._handover is not None:
+            self._worker.source.leases.end(self.request.request_id, EndReason.ABORTED)
 
     def on_event(self, event: Event, step: StepOutput) -> None:
         """Called by the engine, in order."""
@@ -136,7 +145,7 @@ class _PrefillCall:
         if len(self.request.completion_token_ids) + 1 == self.request.sampling.max_tokens:
             return  # nobody will come for the KV cache
         self._handover, ticket = self._worker.source.grant(
-            event.request_id, self.gateway_id, event.block_ids, event.generations
+            event.request_id, self.gateway_id, event.block_ids, event.generations, ends_with_call=True
         )
         self._handover.advance(event.num_cached_blocks)
         self._outbox.put_nowait(worker_pb2.PrefillResponse(admitted=worker_pb2.Admitted(ticket=ticket)))
@@ -163,7 +172,7 @@ class _PrefillCall:
             self._worker.source.leases.end(event.request_id, EndReason.ABORTED)
             self._handover = None
         elif self._handover is not None:
-            self._handover.complete(token.token_id, time.time())
+            self._handover.complete(token.token_id, time.monotonic())
         self._outbox.put_nowait(worker_pb2.PrefillResponse(first_token=first))
 
     def _trace(self, name: str, started: float, ended: float) -> None:

@@ -33,13 +33,14 @@ class Registration:
     `superseded` tells, and nothing is written any more.
 
     A process that did not run for as long as its lease was taken for lost, and its work goes on elsewhere; so when it
-    runs again it begins a new epoch, and whatever it says or is told under the former one is refused.
+    runs again it says nothing more under its epoch, and begins a new one.
 
     Args:
         cluster_key: the secret that all processes of the cluster share.
         load: asked at each heartbeat; None for a gateway.
-        on_lapse: awaited after the process did not run for as long as its lease; ends what it was doing.
-        on_new_epoch: called with each epoch after the first.
+        on_lapse: awaited after the process did not run for as long as its lease; ends what it was doing, and lets it
+            do nothing else.
+        on_new_epoch: called with each epoch after the first: it may go on.
         lease_seconds: after this time without a heartbeat the member counts as gone.
         interval: seconds between heartbeats.
     """
@@ -66,6 +67,7 @@ class Registration:
         self._write_lease = scripts.load("registry", "heartbeat")
         self._record: WorkerRecord | GatewayRecord | None = None
         self._beat = 0
+        self._ran_at = 0.0
         self._superseded = False
         self._failing = False
         self._task: asyncio.Task[None] | None = None
@@ -99,13 +101,14 @@ class Registration:
         return epoch
 
     async def heartbeat(self, load: WorkerLoad | None) -> None:
-        """Renews the lease at once, with this load, in one round trip.
+        """Renews the lease at once, with this load, in one round trip. Does nothing while a new epoch has to begin.
 
         Raises:
             Unavailable: Redis cannot be reached.
             FailedPrecondition: before `start` or after `withdraw`.
         """
-        await self._write(load, withdrawn=False)
+        if not self._lapsed:
+            await self._write(load, withdrawn=False)
 
     async def withdraw(self) -> None:
         """Ends the lease; readers drop the member at their next look. Without Redis it ends by itself."""
@@ -137,10 +140,18 @@ class Registration:
     async def _watch_own_silence(self, on_lapse: Callable[[], Awaitable[None]]) -> None:
         # Apart from the heartbeats, because these may wait for Redis, which is no silence of this process.
         while True:
-            asleep_since = _now()
+            self._ran_at = _now()
             await asyncio.sleep(self._interval)
-            if _now() - asleep_since >= self._lease_seconds:
+            if self._lapsed:
                 await self._begin_anew(on_lapse)
+
+    @property
+    def _lapsed(self) -> bool:
+        """Whether the process did not run for as long as its lease, and has no new epoch yet.
+
+        By the clock, for what is due when it runs again runs in any order, the watch after a heartbeat maybe.
+        """
+        return self._watch is not None and _now() - self._ran_at >= self._lease_seconds
 
     async def _begin_anew(self, on_lapse: Callable[[], Awaitable[None]]) -> None:
         _LOGGER.warning("this process did not run for a while; it begins a new epoch")

@@ -49,12 +49,19 @@ class Calls:
         self._running: dict[asyncio.Task[Any], str] = {}
         self._ending: dict[asyncio.Task[Any], KvrelayError] = {}
         self._refusing = False
+        self._fence: KvrelayError | None = None
         self.ended = False
 
     def begin(self, method: str) -> None:
-        """Counts the current task as a call until it has sent its status. Raises Unavailable while draining."""
+        """Counts the current task as a call until it has sent its status.
+
+        Raises:
+            KvrelayError: Unavailable while draining; that of the fence while there is one.
+        """
         if self.ended or (self._refusing and self._is_work(method)):
             raise _draining()
+        if self._fence is not None:
+            raise self._fence.with_traceback(None)
         task = asyncio.current_task()
         if task is not None and task not in self._running:
             self._running[task] = method
@@ -75,10 +82,17 @@ class Calls:
     async def end_all(self) -> None:
         """Cancels every call; the handlers clean up, then the interceptor sends the status."""
         self.ended = True
-        await self.end_running(_draining())
+        await self._end_running(_draining())
 
-    async def end_running(self, error: KvrelayError) -> None:
-        """As `end_all`, for the calls in progress alone."""
+    async def fence(self, error: KvrelayError) -> None:
+        """As `end_all`, with this error and until `unfence`."""
+        self._fence = error
+        await self._end_running(error)
+
+    def unfence(self) -> None:
+        self._fence = None
+
+    async def _end_running(self, error: KvrelayError) -> None:
         running = list(self._running)
         for task in running:
             self._ending[task] = error

@@ -123,9 +123,13 @@ class Server:
                     await until()
         await self.stop()
 
-    async def end_calls(self, error: KvrelayError) -> None:
-        """Ends the calls in progress with this error, when their handlers have cleaned up; new ones may come."""
-        await self._calls.end_running(error)
+    async def fence(self, error: KvrelayError) -> None:
+        """Ends the calls in progress with this error, and those that come before `unfence`. Waits until they have."""
+        await self._calls.fence(error)
+
+    def unfence(self) -> None:
+        """Calls may begin again."""
+        self._calls.unfence()
 
     async def stop(self) -> None:
         """Ends all calls with `Unavailable`, reason DRAINING, and closes the port."""

@@ -48,8 +48,8 @@ class PrefillServiceServicer:
 
     def Prefill(self, request, context):
         """Answers twice: the ticket when the request is admitted, the first token when the prompt is done. Then the call
-        stays open for as long as the blocks are held: it ends when a decode worker has taken them over or, if that never
-        happens, when their lease ends. A cancelled call frees everything at once.
+        stays open for as long as the blocks are held, and they are held for as long as it is open: it ends when a decode
+        worker has taken them over, and a cancelled call frees everything at once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -35,8 +35,8 @@ class PrefillServiceStub:
     def __new__(cls, channel: _aio.Channel) -> PrefillServiceAsyncStub: ...
     Prefill: _grpc.UnaryStreamMultiCallable[_worker_pb2.PrefillRequest, _worker_pb2.PrefillResponse]
     """Answers twice: the ticket when the request is admitted, the first token when the prompt is done. Then the call
-    stays open for as long as the blocks are held: it ends when a decode worker has taken them over or, if that never
-    happens, when their lease ends. A cancelled call frees everything at once.
+    stays open for as long as the blocks are held, and they are held for as long as it is open: it ends when a decode
+    worker has taken them over, and a cancelled call frees everything at once.
     """
 
 @_typing.type_check_only
@@ -46,8 +46,8 @@ class PrefillServiceAsyncStub(PrefillServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Prefill: _aio.UnaryStreamMultiCallable[_worker_pb2.PrefillRequest, _worker_pb2.PrefillResponse]  # type: ignore[assignment]
     """Answers twice: the ticket when the request is admitted, the first token when the prompt is done. Then the call
-    stays open for as long as the blocks are held: it ends when a decode worker has taken them over or, if that never
-    happens, when their lease ends. A cancelled call frees everything at once.
+    stays open for as long as the blocks are held, and they are held for as long as it is open: it ends when a decode
+    worker has taken them over, and a cancelled call frees everything at once.
     """
 
 class PrefillServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -60,8 +60,8 @@ class PrefillServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_worker_pb2.PrefillResponse], _abc.AsyncIterator[_worker_pb2.PrefillResponse]]:
         """Answers twice: the ticket when the request is admitted, the first token when the prompt is done. Then the call
-        stays open for as long as the blocks are held: it ends when a decode worker has taken them over or, if that never
-        happens, when their lease ends. A cancelled call frees everything at once.
+        stays open for as long as the blocks are held, and they are held for as long as it is open: it ends when a decode
+        worker has taken them over, and a cancelled call frees everything at once.
         """
 
 def add_PrefillServiceServicer_to_server(servicer: PrefillServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

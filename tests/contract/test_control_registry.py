@@ -311,6 +311,36 @@ async def test_a_process_that_did_not_run_begins_a_new_epoch(redis: Redis, direc
     await registration.withdraw()
 
 
+async def test_a_process_that_did_not_run_says_nothing_more_under_its_epoch(
+    redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, int]] = []
+
+    async def on_lapse() -> None:
+        told.append(("lapse", epoch))
+        await asyncio.sleep(5 * BEAT)
+
+    def begin(new_epoch: int) -> None:
+        told.append(("begins", new_epoch))
+
+    def seal(lease: Lease, key: bytes) -> str:
+        told.append(("heartbeat", lease.record.epoch))
+        return seal_lease(lease, key)
+
+    monkeypatch.setattr("kvrelay.control.registration.seal_lease", seal)
+    registration = Registration(
+        redis, KEY, lambda: LOAD, lease_seconds=LEASE, interval=BEAT, on_lapse=on_lapse, on_new_epoch=begin
+    )
+    epoch = await registration.start(WORKER)
+    await asyncio.sleep(2 * BEAT)
+    assert ("heartbeat", epoch) in told
+    told.clear()
+    stand_still(1.5 * LEASE)
+    await until(lambda: any(what == "heartbeat" and whose > epoch for what, whose in told))
+    assert [what for what, _ in told] == ["lapse", "begins", "heartbeat"]
+    await registration.withdraw()
+
+
 class Clock:
     """Stands still until it is set, however long the machine takes; counts how often it is looked at."""
 

@@ -265,6 +265,30 @@ async def test_a_drain_waits_for_what_it_is_told_within_the_grace(running: Runni
         await drain
 
 
+# A fence
+
+
+async def test_a_fence_ends_the_calls_and_refuses_others_until_it_is_lifted(running: Running) -> None:
+    """Also those that come while handlers clean up, and those that no drain refuses."""
+    running.servicer.count, running.servicer.ending = 1, asyncio.Event().wait
+    call = running.stub.Generate(inference_pb2.GenerateRequest())
+    await call.read()
+    fence = asyncio.create_task(running.server.fence(Unavailable("begins anew", reason="FENCED")))
+    await running.servicer.cleaned_up.wait()
+    running.servicer.ending = lambda: asyncio.sleep(0)
+    with pytest.raises(Unavailable) as caught, rpc.translated():
+        await call.read()
+    assert caught.value.reason == "FENCED"
+    for _ in range(2):
+        for refused in (running.seqs(), running.send(f"/{NAME}/Abort", b"")):
+            with pytest.raises(Unavailable) as caught, rpc.translated():
+                await refused
+            assert caught.value.reason == "FENCED"
+        await fence
+    running.server.unfence()
+    assert await running.seqs() == [1]
+
+
 # Addresses
 
 

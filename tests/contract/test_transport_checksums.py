@@ -21,7 +21,7 @@ def _sampled(ticket: bytes, total: int) -> Sequence[int]:
 
 
 def _signed(request_id: str, total: int) -> bytes:
-    return sign_ticket(Ticket(request_id, "prefill-0", 7, tuple(range(total)), (0,) * total, 1), KEY)
+    return sign_ticket(Ticket(request_id, "prefill-0", 7, tuple(range(total)), (0,) * total), KEY)
 
 
 def test_one_in_eight_and_the_last() -> None:
@@ -39,7 +39,7 @@ def test_the_choice_does_not_depend_on_the_runs() -> None:
 
 
 def test_the_mac_decides() -> None:
-    body = Ticket("r", "prefill-0", 7, tuple(range(64)), (0,) * 64, 1)
+    body = Ticket("r", "prefill-0", 7, tuple(range(64)), (0,) * 64)
     assert _sampled(sign_ticket(body, KEY), 64) != _sampled(sign_ticket(body, b"another key" * 3), 64)
 
 

@@ -1,6 +1,7 @@
 """What is refused, by whom, and what of a failed transfer can still be used."""
 
 import asyncio
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -8,7 +9,8 @@ from typing import Any
 import pytest
 
 from kv_transfer.blocks import checksums
-from kv_transfer.tickets import open_ticket, sign_ticket
+from kv_transfer.handover import EndReason
+from kv_transfer.tickets import TICKET_SECONDS, open_ticket, sign_ticket
 from kv_transfer.transport import TransferFailed
 from kvrelay.engine.kv_cache import KvCache
 from kvrelay.engine.kv_layout import KvLayout
@@ -182,19 +184,18 @@ async def test_refused_ticket(workers: Pair, changes: dict[str, Any], reason: st
     assert workers.prefill.freed == []
 
 
-async def test_expired_ticket_is_refused_where_pulls_alone_keep_its_lease(workers: Pair) -> None:
-    ticket = _resigned(workers.prefill.grant_complete(range(8)), expires_unix_ms=1_000_001)
-    workers.prefill.leases.renew("r1", workers.prefill.now + 20)
-    workers.prefill.now += 30
-    assert (await failure(workers.decode, ticket, range(8))).reason == "TICKET_EXPIRED"
-    assert workers.prefill.freed == []
-
-
 async def test_forged_ticket_is_refused_by_either_end(workers: Pair) -> None:
     ticket = sign_ticket(open_ticket(workers.prefill.grant_complete(range(8)), KEY), b"another key")
     assert (await failure(workers.decode, ticket, range(8))).reason == "TICKET_REFUSED"
     async with decode_worker(workers.decode.registry, "auto", key=b"another key") as traitor:
         assert (await failure(traitor, ticket, range(8))).reason == "TICKET_REFUSED"
+    assert workers.prefill.freed == []
+
+
+async def test_a_ticket_that_is_too_old_is_refused(workers: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticket, made = workers.prefill.grant_complete(range(8)), time.time()
+    monkeypatch.setattr(time, "time", lambda: made + TICKET_SECONDS + 1)
+    assert (await failure(workers.decode, ticket, range(8))).reason == "TICKET_EXPIRED"
     assert workers.prefill.freed == []
 
 
@@ -229,6 +230,22 @@ async def test_expired_lease(workers: Pair) -> None:
     workers.prefill.now += 31
     assert (await failure(workers.decode, ticket, range(8))).reason == "TICKET_UNKNOWN"
     assert workers.prefill.leases.expire(workers.prefill.now) == ["r1"]
+    assert (await failure(workers.decode, ticket, range(8))).reason == "TICKET_UNKNOWN"
+
+
+async def test_a_ticket_is_good_for_as_long_as_the_call_of_its_lease_is_open(workers: Pair) -> None:
+    handover, ticket = workers.prefill.grant(range(8))
+    handover.complete(42, workers.prefill.now)
+    workers.prefill.now += 10_000
+    assert workers.prefill.leases.expire(workers.prefill.now) == []
+    assert (await workers.decode.puller.pull(ticket, range(8), 0)).first_token_id == 42
+    assert (await failure(workers.decode, ticket, range(8))).reason == "TICKET_UNKNOWN"
+
+
+async def test_a_ticket_is_worth_nothing_after_the_call(workers: Pair) -> None:
+    handover, ticket = workers.prefill.grant(range(8))
+    handover.complete(42, workers.prefill.now)
+    workers.prefill.leases.end("r1", EndReason.ABORTED)
     assert (await failure(workers.decode, ticket, range(8))).reason == "TICKET_UNKNOWN"
 
 

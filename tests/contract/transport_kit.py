@@ -78,13 +78,19 @@ class Prefill:
         shm = offer_pool(self.cache)
         return WorkerRecord("prefill-0", WorkerRole.PREFILL, address, os.getpid(), model, shm, EPOCH)
 
-    def grant(self, block_ids: Sequence[int], request_id: str = "r1") -> tuple[Handover, bytes]:
+    def grant(
+        self, block_ids: Sequence[int], request_id: str = "r1", *, ends_with_call: bool = True
+    ) -> tuple[Handover, bytes]:
+        """Blocks of a prompt that is still being computed."""
         generations = tuple(self.generations[block_id] for block_id in block_ids)
-        handover, ticket = self.leases.grant(request_id, "gateway-0", tuple(block_ids), generations, self.now)
+        handover, ticket = self.leases.grant(
+            request_id, "gateway-0", tuple(block_ids), generations, self.now, ends_with_call=ends_with_call
+        )
         return handover, sign_ticket(ticket, KEY)
 
     def grant_complete(self, block_ids: Sequence[int], request_id: str = "r1") -> bytes:
-        handover, ticket = self.grant(block_ids, request_id)
+        """Blocks as a worker that drains holds them: all are final, and no call is open."""
+        handover, ticket = self.grant(block_ids, request_id, ends_with_call=False)
         handover.complete(42, self.now)
         return ticket
 

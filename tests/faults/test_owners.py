@@ -9,16 +9,16 @@ from kvrelay.client import GenerateOptions
 from kvrelay.request import HeldBlocks
 from tests.faults.rig import DECODE, GATEWAY, WORKERS, Rig
 
-WAIT_SECONDS = 1.5  # in which there is time to look; less than a lease
+WAIT_SECONDS = 1.5  # in which there is time to look
 
 
 def waits_for_a_pull(held: Sequence[HeldBlocks]) -> bool:
-    return [entry.owner for entry in held if entry.lease_seconds is not None] == [GATEWAY]
+    return [entry.owner for entry in held if entry.state == "held"] == [GATEWAY]
 
 
 def is_being_pulled(held: Sequence[HeldBlocks]) -> bool:
     """The lease is of the decode worker that has reserved blocks, and these are the gateway's."""
-    pullers = [entry.owner for entry in held if entry.lease_seconds is not None]
+    pullers = [entry.owner for entry in held if entry.state == "held"]
     reserved = [(entry.worker_id, entry.owner) for entry in held if entry.worker_id.startswith("decode")]
     return bool(pullers) and [(puller, GATEWAY) for puller in pullers] == reserved
 

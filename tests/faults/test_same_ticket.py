@@ -1,6 +1,5 @@
 """A decode worker is lost before the KV cache has moved: another gets the ticket, and no prompt is computed twice."""
 
-from pathlib import Path
 from random import Random
 
 import pytest
@@ -8,7 +7,7 @@ import pytest
 from kvrelay.client import GenerateOptions
 from tests.checkpoints import VOCAB_SIZE
 from tests.faults.history import Outcome, violations_of
-from tests.faults.rig import PREFILL, WORKERS, Rig, start_rig
+from tests.faults.rig import PREFILL, SETTINGS, WORKERS, Rig
 
 VICTIM = "decode-0"
 COUNT_PROMPTS = "prefill.admitted=delay:0"  # each time the worker's log says so
@@ -24,12 +23,12 @@ async def test_a_killed_decode_worker_costs_no_second_prefill(rig: Rig, point: s
 
 
 @pytest.mark.asyncio(loop_scope="module")
-async def test_a_frozen_decode_worker_costs_none_and_releases_nothing_when_it_thaws(tmp_path: Path) -> None:
-    """It goes on with the Release, in a former epoch, for what another has long since."""
-    # A lease must outlive the time after which a silent worker is taken for lost.
-    async with start_rig(tmp_path, lease_seconds=30) as rig:
-        rig.processes[VICTIM].away_seconds = 4.0
-        await check_computed_once(rig, "transfer.before_release=stop")
+async def test_a_frozen_decode_worker_costs_none_and_releases_nothing_when_it_thaws(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on with the Release, in a former epoch, for what another has long since; the lease has waited."""
+    monkeypatch.setattr(rig.processes[VICTIM], "away_seconds", 2 * SETTINGS["lease_seconds"])
+    await check_computed_once(rig, "transfer.before_release=stop")
 
 
 async def check_computed_once(rig: Rig, failpoint: str) -> None:

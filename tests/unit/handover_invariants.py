@@ -69,11 +69,8 @@ class HandoverInvariants(RuleBasedStateMachine):
     def leased(self) -> list[Life]:
         return [life for life in self.prefill.lives.values() if life.ticket and not life.lease_ended]
 
-    def first_lease_end(self, life: Life) -> float:
-        return float("inf") if life.completed_at is None else life.completed_at + LEASE_SECONDS
-
     def lease_end(self, life: Life) -> float:
-        return max(self.first_lease_end(life), life.renewed_at + LEASE_SECONDS)
+        return float("inf") if life.spec.ends_with_call else life.renewed_at + LEASE_SECONDS
 
     def is_live(self, life: Life) -> bool:
         return life in self.leased() and self.now < self.lease_end(life)
@@ -94,8 +91,7 @@ class HandoverInvariants(RuleBasedStateMachine):
             assert tuple(map(pool.generation, life.ticket.block_ids)) == life.ticket.generations
             final = min(life.handover.num_final_blocks * BLOCK_SIZE, life.spec.length)
             self.prefill.bench.model.check(self.prefill.bench.sequences[life.spec.request_id], final)
-            if self.now < self.first_lease_end(life):  # however long its prompt takes, its owner is not too late
-                assert not refuses(self.prefill.leases.find, life.ticket, self.now)
+            assert refuses(self.prefill.leases.find, life.ticket, self.now) is not self.is_live(life)
         for taking in self.takings():
             if taking.sequence.state is SequenceState.RUNNING:
                 taking.bench.model.check(taking.sequence, taking.sequence.num_computed_tokens)

@@ -15,7 +15,7 @@ KEY = b"k" * 32
 BLOCK_SIZE = 3
 CONTEXT_LENGTH = 24
 LEASE_SECONDS = 30.0
-WAITS = (0.0, 1.0, 10.0, 29.0, 31.0, 700.0)  # the last outlives a ticket
+WAITS = (0.0, 1.0, 10.0, 29.0, 31.0, 700.0)
 PREFIXES = (list(range(CONTEXT_LENGTH)), [*range(7), *range(50, 70)])
 Block = tuple[int, ...]
 
@@ -35,13 +35,19 @@ class Side(enum.Enum):
 
 @dataclass(frozen=True)
 class Spec:
-    """A request; prefixes are shared by many, and prompts often end with a block."""
+    """A request; prefixes are shared by many, and prompts often end with a block.
+
+    Attributes:
+        ends_with_call: its lease does, as on a prefill worker. Else its blocks are put under a lease when all are
+            final, as on a decode worker that drains, and no call is open.
+    """
 
     number: int
     prefix: int
     length: int
     max_tokens: int
     stop: frozenset[int]
+    ends_with_call: bool
 
     @property
     def request_id(self) -> str:
@@ -58,6 +64,7 @@ CHOICES: dict[str, list[Any]] = {
     "length": [1, 2, 6, 9, 10, 12, 18],
     "max_tokens": [2, 3, 6],
     "stop": [frozenset(), frozenset({3})],
+    "ends_with_call": [True, False],
 }
 
 
@@ -102,11 +109,11 @@ class Life:
 
     spec: Spec
     worker: PrefillWorker
+    admitted: Admitted | None = None
     signed: bytes = b""
     ticket: Ticket | None = None
     handover: Handover | None = None
     renewed_at: float = 0.0
-    completed_at: float | None = None
     lease_ended: bool = False
     ended_at_first: bool = False
     aborted: bool = False

@@ -3,7 +3,7 @@
 import hypothesis.strategies as st
 from hypothesis.stateful import rule
 
-from kv_transfer.handover import EndReason
+from kv_transfer.handover import EndReason, Handover
 from kv_transfer.tickets import sign_ticket
 from kvrelay.engine.events import Admitted, Event, Finished, Progress, Sampled
 from kvrelay.engine.sequence import Role
@@ -38,24 +38,33 @@ class PrefillActs(HandoverInvariants):
                     self.take_prefill(worker.lives[event.request_id], event)
 
     def take_prefill(self, life: Life, event: Event) -> None:
-        leases = self.prefill.leases
         match event:
             case Admitted():
-                life.handover, life.ticket = leases.grant(
-                    event.request_id, "gateway-0", event.block_ids, event.generations, self.now
-                )
-                life.handover.advance(event.num_cached_blocks)
-                life.signed, life.renewed_at = sign_ticket(life.ticket, KEY), self.now
+                life.admitted = event
+                if life.spec.ends_with_call:
+                    self.grant(life).advance(event.num_cached_blocks)
             case Progress(num_computed_tokens=count) if life.handover is not None:
                 life.handover.advance(count // BLOCK_SIZE)
             case Sampled() if event.finish_reason is not None:
-                leases.end(event.request_id, EndReason.ABORTED)
+                self.prefill.leases.end(event.request_id, EndReason.ABORTED)
                 life.lease_ended = life.ended_at_first = True
-            case Sampled() if life.handover is not None:
-                life.handover.complete(event.token.token_id, self.now)
-                life.completed_at = self.now
+            case Sampled():
+                (life.handover or self.grant(life)).complete(event.token.token_id, self.now)
             case Finished():
                 del self.prefill.lives[event.request_id]
+
+    def grant(self, life: Life) -> Handover:
+        assert life.admitted is not None
+        life.handover, life.ticket = self.prefill.leases.grant(
+            life.spec.request_id,
+            "gateway-0",
+            life.admitted.block_ids,
+            life.admitted.generations,
+            self.now,
+            ends_with_call=life.spec.ends_with_call,
+        )
+        life.signed, life.renewed_at = sign_ticket(life.ticket, KEY), self.now
+        return life.handover
 
     @rule()
     def restart(self) -> None:

@@ -63,6 +63,7 @@ class PrefillWorker(Worker):
 
     Attributes:
         sequences: those it was sent.
+        ended: set when a call has, by itself or by the gateway.
         reason: why the request ends with its first token, if it does.
     """
 
@@ -74,6 +75,7 @@ class PrefillWorker(Worker):
         self.nearly_done = asyncio.Event()
         self.prompt_done = asyncio.Event()
         self.released = asyncio.Event()
+        self.ended = asyncio.Event()
 
     @contextlib.asynccontextmanager
     async def prefill(
@@ -93,7 +95,10 @@ class PrefillWorker(Worker):
         token_id = token_at(len(sequence.completion_token_ids))
         first = worker_pb2.FirstToken(token_id=token_id, finish_reason=self.reason)
         yield worker_pb2.PrefillResponse(first_token=first)
-        await self.released.wait()
+        try:
+            await self.released.wait()
+        finally:
+            self.ended.set()
 
 
 @dataclass
@@ -160,6 +165,7 @@ class Run:
     account: Account = field(default_factory=Account)
     stop: tuple[str, ...] = ()
     mode: Disaggregation = Disaggregation.ALWAYS
+    request_id: str = "request"
 
     def __post_init__(self) -> None:
         text: Any = _Words()
@@ -170,7 +176,7 @@ class Run:
         fleet: Any = Workers(self.workers)
         span: Any = self.span
         dispatch = Dispatch(fleet, wait_seconds=0.0, mode=self.mode)
-        request = Request("request", PROMPT, Sampling(max_tokens=MAX_TOKENS))
+        request = Request(self.request_id, PROMPT, Sampling(max_tokens=MAX_TOKENS))
         serving = Serving(
             request,
             self.completion,

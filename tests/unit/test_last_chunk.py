@@ -25,9 +25,10 @@ async def answers(events: list[Event], *, ask: bool, max_batched_tokens: int = 8
     leases.epoch = 1
 
     def grant(
-        request_id: str, owner: str, blocks: tuple[int, ...], generations: tuple[int, ...]
+        request_id: str, owner: str, blocks: tuple[int, ...], generations: tuple[int, ...], *, ends_with_call: bool
     ) -> tuple[Handover, bytes]:
-        return leases.grant(request_id, owner, blocks, generations, now=0.0)[0], b"ticket"
+        assert ends_with_call
+        return leases.grant(request_id, owner, blocks, generations, 0.0, ends_with_call=True)[0], b"ticket"
 
     worker: Any = SimpleNamespace(
         source=SimpleNamespace(leases=leases, grant=grant),

@@ -58,6 +58,25 @@ def test_nobody_is_to_blame_for_a_lack_of_room_or_a_drain(reason: str) -> None:
     assert recovery.delay == 0.0
 
 
+def transfer_failed(cause: str) -> KvrelayError:
+    return FailedPrecondition("no", reason="TRANSFER_FAILED", metadata={"worker": "d1", "cause": cause})
+
+
+@pytest.mark.parametrize("cause", ["TICKET_UNKNOWN", "TICKET_EXPIRED"])
+def test_a_decode_worker_is_not_to_blame_for_a_lease_that_ended(cause: str) -> None:
+    recovery = Recovery(max_failures=0)
+    for _ in range(50):
+        recovery.note(transfer_failed(cause), ("d1", 1))
+    assert recovery.avoided == set()
+    assert recovery.delay == 0.0
+
+
+def test_a_decode_worker_may_be_to_blame_for_bytes_that_changed() -> None:
+    recovery = Recovery(max_failures=4)
+    recovery.note(transfer_failed("CHECKSUM_MISMATCH"), ("d1", 1))
+    assert recovery.avoided == {("d1", 1)}
+
+
 def test_the_first_recovery_is_immediate_and_the_others_wait_ever_longer() -> None:
     recovery = Recovery(max_failures=20)
     delays = []

@@ -119,11 +119,10 @@ async def test_tokens_beyond_the_first_say_that_the_cache_has_moved() -> None:
     assert second.calls[0].ticket == b"ticket-2"
 
 
-@pytest.mark.parametrize("reason", ["TRANSFER_FAILED", "LEASE_EXPIRED"])
-async def test_a_cache_that_did_not_come_over_is_computed_again(reason: str) -> None:
+async def test_a_cache_that_did_not_come_over_is_computed_again() -> None:
     prefill = PrefillWorker()
     prefill.prompt_done.set()
-    failed = FailedPrecondition("no", reason=reason, metadata={"stage": "decode", "worker": "d1"})
+    failed = FailedPrecondition("no", reason="TRANSFER_FAILED", metadata={"stage": "decode", "worker": "d1"})
     second = DecodeWorker("d2")
     await finish(Run([prefill, DecodeWorker("d1", fails_with(failed)), second]))
     assert len(prefill.sequences) == 2
@@ -180,3 +179,30 @@ async def test_a_decode_worker_that_computes_the_prompt_again_may_be_faster_than
         return await call.finish()
 
     await finish(Run([prefill, DecodeWorker("d1", recomputes)]))
+
+
+async def test_a_ticket_that_a_decode_worker_did_without_is_given_back_while_it_decodes() -> None:
+    """It has computed the prompt again; what the prefill worker holds for it would be held to its last token."""
+    prefill = PrefillWorker()
+    prefill.prompt_done.set()
+
+    async def recomputes(call: DecodeCall) -> worker_pb2.DecodeResponse:
+        call.tell(1, 2)
+        await prefill.ended.wait()
+        return await call.finish()
+
+    await finish(Run([prefill, DecodeWorker("d1", recomputes)]))
+
+
+async def test_a_ticket_is_not_given_back_before_that() -> None:
+    prefill = PrefillWorker()
+    prefill.prompt_done.set()
+
+    async def waits(call: DecodeCall) -> worker_pb2.DecodeResponse:
+        await call.sink.wait_for(1)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not prefill.ended.is_set()
+        return await call.finish()
+
+    await finish(Run([prefill, DecodeWorker("d1", waits)]))

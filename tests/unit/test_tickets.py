@@ -1,5 +1,6 @@
 """Tickets are believed only if the cluster made them; layouts are compared field by field."""
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -7,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kv_transfer.layouts import check_layouts, layout_to_proto
-from kv_transfer.tickets import Ticket, open_ticket, sign_ticket
+from kv_transfer.tickets import TICKET_SECONDS, Ticket, open_ticket, sign_ticket
 from kvrelay.engine.kv_layout import LAYOUT_VERSION, KvLayout
 from kvrelay.errors import FailedPrecondition, PermissionDenied
 from kvrelay.v1 import kv_pb2
 
 KEY = b"k" * 32
-TICKET = Ticket("r1", "prefill-0", 3, (5, 0, 7), (1, 2, 3), 1_700_000_000_000)
+TICKET = Ticket("r1", "prefill-0", 3, (5, 0, 7), (1, 2, 3))
 LAYOUT = KvLayout(b"m" * 32, "float32", block_size=16, num_layers=2, num_kv_heads=2, head_dim=16)
 
 
@@ -30,7 +31,6 @@ def refused(data: bytes) -> bool:
         request_id=st.text(),
         worker_id=st.text(),
         epoch=st.integers(0, 2**64 - 1),
-        expires_unix_ms=st.integers(0, 2**64 - 1),
     )
 )
 def test_what_was_signed_is_what_opens(ticket: Ticket) -> None:
@@ -52,6 +52,16 @@ def test_any_flipped_bit_is_refused() -> None:
             continue
         # A bit of the outer message may be one that proto readers pass over.
         assert opened == TICKET
+
+
+def test_a_ticket_expires(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, made = sign_ticket(TICKET, KEY), time.time()
+    monkeypatch.setattr(time, "time", lambda: made + TICKET_SECONDS - 1)
+    assert open_ticket(data, KEY) == TICKET
+    monkeypatch.setattr(time, "time", lambda: made + TICKET_SECONDS + 1)
+    with pytest.raises(FailedPrecondition) as caught:
+        open_ticket(data, KEY)
+    assert caught.value.reason == "TICKET_EXPIRED"
 
 
 @given(st.binary(max_size=300))
