@@ -32,7 +32,7 @@ def add_to(subparsers: Any) -> None:
     blocks = _add(subparsers, "blocks", "every KV block that is held, by whom and why", _blocks)
     blocks.epilog = (
         "OWNER is who has to end it: the gateway whose request it is or, once a decode worker has pulled from a lease, "
-        "that worker. A lease that runs out frees its blocks by itself. No owner: they are about to be free."
+        "that worker. A lease whose call is over ends by itself. No owner: the blocks are about to be free."
     )
     restart = _add(subparsers, "restart", "restart the workers of a cluster on this machine", _restart)
     restart.add_argument("--rolling", action="store_true", help="one after the other, so that no request is lost")
@@ -203,13 +203,13 @@ def _blocks(arguments: argparse.Namespace) -> int:
             print(json.dumps(asdict(entry)))
         return 0
     rows = [_blocks_row(entry) for entry in held]
-    _print_table([("WORKER", "REQUEST", "STATE", "OWNER", "BLOCKS", "AGE", "LEASE ENDS IN"), *rows])
+    _print_table([("WORKER", "REQUEST", "STATE", "OWNER", "BLOCKS", "AGE", "LEASE ENDS"), *rows])
     print(f"{sum(len(entry.block_ids) for entry in held)} blocks are held")
     return 0
 
 
 def _blocks_row(entry: HeldBlocks) -> Sequence[str]:
-    lease = "" if entry.lease_seconds is None else f"{entry.lease_seconds:.1f} s"
+    lease = "with its call" if entry.lease_seconds is None else f"in {entry.lease_seconds:.1f} s"
     count = str(len(entry.block_ids))
     age = f"{entry.age_seconds:.1f} s"
     return (entry.worker_id, entry.request_id, entry.state, entry.owner, count, age, lease)

@@ -63,7 +63,7 @@ class Source(Protocol):
         """Who has to end what holds a request's blocks; empty for who has done so."""
 
     def lease_seconds(self, request_id: str) -> float | None:
-        """Seconds until the lease on a request's blocks ends; None if no lease holds them."""
+        """Seconds until the lease on a request's blocks runs out; None if an open call holds them."""
 
 
 class Part(Protocol):

@@ -187,7 +187,7 @@ def test_blocks_names_every_holder(cluster: Cluster, target: str, long_request: 
     assert {(entry["worker_id"], entry["request_id"]) for entry in held} == {("decode-0", "a-long-one")}
     assert all(entry["block_ids"] and entry["age_seconds"] > 0 for entry in held)
     assert {entry["owner"] for entry in held} == {gateway.id}
-    row = rf"^decode-0 +a-long-one +running +{gateway.id} +\d+ "
+    row = rf"^decode-0 +a-long-one +running +{gateway.id} +\d+ +[\d.]+ s +with its call$"
     assert re.search(row, output_of(capsys, "blocks", "--target", target), re.M)
 
 
