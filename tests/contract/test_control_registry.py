@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import signal
-import time
 from dataclasses import replace
 
 import pytest
@@ -284,96 +283,6 @@ async def test_start_without_redis(own_server: PrivateRedis) -> None:
     assert not directory.redis_available
     await directory.stop()
     await client.aclose()
-
-
-def stand_still(seconds: float) -> None:
-    """For so long nothing of this process's event loop runs, as if the process had been stopped."""
-    time.sleep(seconds)
-
-
-async def test_a_process_that_did_not_run_begins_a_new_epoch(redis: Redis, directory: WorkerDirectory) -> None:
-    """First it ends what it was doing, then it says that it is there again, as somebody else."""
-    told: list[object] = []
-
-    async def on_lapse() -> None:
-        told.append("lapse")
-
-    registration = Registration(
-        redis, KEY, lambda: LOAD, lease_seconds=LEASE, interval=BEAT, on_lapse=on_lapse, on_new_epoch=told.append
-    )
-    epoch = await registration.start(WORKER)
-    await directory.wait_for(lambda workers: "w1" in workers, SOON)
-    stand_still(1.5 * LEASE)
-    await directory.wait_for(lambda workers: "w1" in workers and workers["w1"].record.epoch > epoch, SOON)
-    first, second, *_ = told  # once more each time that a busy machine lets this process stand still for so long
-    assert first == "lapse"
-    assert second in range(epoch + 1, directory.snapshot()["w1"].record.epoch + 1)
-    await registration.withdraw()
-
-
-async def test_a_process_that_did_not_run_says_nothing_more_under_its_epoch(
-    redis: Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    told: list[tuple[str, int]] = []
-
-    async def on_lapse() -> None:
-        told.append(("lapse", epoch))
-        await asyncio.sleep(5 * BEAT)
-
-    def begin(new_epoch: int) -> None:
-        told.append(("begins", new_epoch))
-
-    def seal(lease: Lease, key: bytes) -> str:
-        told.append(("heartbeat", lease.record.epoch))
-        return seal_lease(lease, key)
-
-    monkeypatch.setattr("kvrelay.control.registration.seal_lease", seal)
-    registration = Registration(
-        redis, KEY, lambda: LOAD, lease_seconds=LEASE, interval=BEAT, on_lapse=on_lapse, on_new_epoch=begin
-    )
-    epoch = await registration.start(WORKER)
-    await asyncio.sleep(2 * BEAT)
-    assert ("heartbeat", epoch) in told
-    told.clear()
-    stand_still(1.5 * LEASE)
-    await until(lambda: any(what == "heartbeat" and whose > epoch for what, whose in told))
-    assert [what for what, _ in told] == ["lapse", "begins", "heartbeat"]
-    await registration.withdraw()
-
-
-class Clock:
-    """Stands still until it is set, however long the machine takes; counts how often it is looked at."""
-
-    def __init__(self) -> None:
-        self.seconds, self.num_looks = 0.0, 0
-
-    def __call__(self) -> float:
-        self.num_looks += 1
-        return self.seconds
-
-
-async def test_a_machine_that_was_suspended_begins_a_new_epoch(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The event loop's own clock stood still meanwhile, as the process did. Else there is no new epoch."""
-    clock = Clock()
-    monkeypatch.setattr("kvrelay.control.registration._now", clock)
-    told: list[object] = []
-
-    async def on_lapse() -> None:
-        told.append("lapse")
-
-    registration = Registration(
-        redis, KEY, lambda: LOAD, lease_seconds=LEASE, interval=BEAT, on_lapse=on_lapse, on_new_epoch=told.append
-    )
-    epoch = await registration.start(WORKER)
-    for seconds in (0.0, 0.9 * LEASE):
-        clock.seconds, num_looks = seconds, clock.num_looks
-        await until(lambda seen=num_looks: clock.num_looks > seen + 4)
-        assert told == []
-    clock.seconds += 1.5 * LEASE
-    await until(lambda: len(told) == 2)
-    assert told[0] == "lapse"
-    assert told[1] > epoch
-    await registration.withdraw()
 
 
 async def test_registration_starts_once(registration: Registration) -> None:
