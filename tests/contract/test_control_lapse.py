@@ -1,4 +1,4 @@
-"""A process that did not run for as long as its registration lasts was taken for lost, and is another one afterwards."""
+"""A process that did not run for as long as its registration lasts was taken for lost, and is another afterwards."""
 
 import asyncio
 import time
