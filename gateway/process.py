@@ -23,6 +23,7 @@ from kvrelay.control.registration import Registration
 from kvrelay.control.registry import GatewayRecord
 from kvrelay.control.request_queue import RequestQueue
 from kvrelay.engine.checkpoint import model_name, resolve_checkpoint
+from kvrelay.errors import Unavailable
 from kvrelay.lifetime import StopRequest, settle
 from kvrelay.rpc import Server, Service
 from kvrelay.settings import GatewaySettings, Settings
@@ -80,7 +81,10 @@ async def run_gateway(settings: Settings, cluster_key: bytes) -> int:
         cleanup.push_async_callback(directory.stop)
         registration = Registration(redis, cluster_key, lease_seconds=lease_seconds, interval=interval)
         address = settings.cluster.address(port)
-        await registration.start(GatewayRecord(gateway_id, address, os.getpid()))
+        try:
+            await registration.start(GatewayRecord(gateway_id, address, os.getpid()), stopping)
+        except Unavailable:
+            return 0  # it was stopped as it waited for Redis
         cleanup.push_async_callback(registration.withdraw)
         log.info("%s serves %s at %s", gateway_id, model_id, address)
         settle()

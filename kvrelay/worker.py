@@ -141,7 +141,11 @@ async def run_worker(
             interval=interval,
         )
         worker.register_at(settings.worker.advertise_port or port)
-        worker.begin(await registration.start(worker.record()))
+        try:
+            epoch = await registration.start(worker.record(), stopping)
+        except Unavailable:
+            return 0  # it was stopped as it waited for Redis
+        worker.begin(epoch)
         cleanup.push_async_callback(registration.withdraw)
         cleanup.push_async_callback(part.stop)
         settle()

@@ -78,8 +78,12 @@ class Registration:
         """Whether the last heartbeat was refused because a later start of the same id has registered."""
         return self._superseded
 
-    async def start(self, record: WorkerRecord | GatewayRecord) -> int:
+    async def start(self, record: WorkerRecord | GatewayRecord, stopping: asyncio.Event | None = None) -> int:
         """Registers; the record's own epoch is passed over.
+
+        Args:
+            stopping: while it is not set, an outage of Redis is waited for: a model that has been loaded meanwhile is
+                not to be loaded again.
 
         Returns:
             The epoch, which is higher than any that this id had before.
@@ -90,6 +94,16 @@ class Registration:
         """
         if self._task is not None:
             raise FailedPrecondition("The registration has been started already.")
+        while True:
+            try:
+                return await self._start(record)
+            except Unavailable:
+                if stopping is None or stopping.is_set():
+                    raise
+                self._note_outage(None)
+            await asyncio.sleep(self._interval)
+
+    async def _start(self, record: WorkerRecord | GatewayRecord) -> int:
         epoch = int(await self._next_epoch(record.member))
         self._record = dataclasses.replace(record, epoch=epoch)
         self._beat = 0

@@ -285,6 +285,26 @@ async def test_start_without_redis(own_server: PrivateRedis) -> None:
     await client.aclose()
 
 
+async def test_a_start_waits_for_redis_until_it_is_to_stop(own_server: PrivateRedis) -> None:
+    """A worker may have loaded a model for minutes when Redis is away for a moment."""
+    client, stopping = await connect(own_server.url), asyncio.Event()
+    own_server.stop()
+    starting = asyncio.create_task(new_registration(client).start(WORKER, stopping))
+    await asyncio.wait([starting], timeout=3 * BEAT)
+    stopping.set()
+    with pytest.raises(Unavailable):
+        await starting
+    stopping.clear()
+    registration = new_registration(client)
+    starting = asyncio.create_task(registration.start(WORKER, stopping))
+    await asyncio.wait([starting], timeout=3 * BEAT)
+    assert not starting.done()
+    own_server.start()
+    assert await starting > 0
+    await registration.withdraw()
+    await client.aclose()
+
+
 async def test_registration_starts_once(registration: Registration) -> None:
     await registration.start(WORKER)
     with pytest.raises(FailedPrecondition):

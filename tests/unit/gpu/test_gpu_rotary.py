@@ -45,7 +45,7 @@ def make_batch(cache: KvCache, length: int, padding: tuple[int, ...] = ()) -> Ba
     rows = slots // BLOCK_SIZE * cache.block_stride + slots % BLOCK_SIZE
     rows[list(padding)] = -1
     unused = torch.zeros(0, dtype=torch.int32, device=cache.device)
-    return Batch(unused, rows.to(cache.device), unused, unused, unused, length, 1, 1)
+    return Batch(unused, rows.to(cache.device), unused, unused, unused, length, 1)
 
 
 def random(*shape: int, like: KvCache, seed: int = 0) -> torch.Tensor:
