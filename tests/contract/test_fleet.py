@@ -122,9 +122,19 @@ async def decode_connection(
     worker: worker_pb2_grpc.DecodeServiceServicer, went_down: asyncio.Event | None = None
 ) -> AsyncIterator[Connection]:
     add: Callable[..., None] = worker_pb2_grpc.add_DecodeServiceServicer_to_server
-    server = Server("127.0.0.1", 0, [Service("kvrelay.v1.DecodeService", add, worker)])
+    service = Service("kvrelay.v1.DecodeService", add, worker)
+    async with connection_to("decode-0", WorkerRole.DECODE, service, went_down) as made:
+        yield made
+
+
+@contextlib.asynccontextmanager
+async def connection_to(
+    worker_id: str, role: WorkerRole, service: Service, went_down: asyncio.Event | None = None
+) -> AsyncIterator[Connection]:
+    """A connection that is up, to a server of this service."""
+    server = Server("127.0.0.1", 0, [service])
     port = await server.start()
-    record = WorkerRecord("decode-0", WorkerRole.DECODE, f"127.0.0.1:{port}", os.getpid(), MODEL, epoch=1)
+    record = WorkerRecord(worker_id, role, f"127.0.0.1:{port}", os.getpid(), MODEL, epoch=1)
     made = Connection(record, "gateway-0", lambda: None if made.up or went_down is None else went_down.set())
     try:
         await until(lambda: made.up)
@@ -161,16 +171,9 @@ async def test_without_frames_a_worker_that_does_not_answer_is_lost(connection: 
 @contextlib.asynccontextmanager
 async def prefill_connection() -> AsyncIterator[Connection]:
     add: Callable[..., None] = worker_pb2_grpc.add_PrefillServiceServicer_to_server
-    server = Server("127.0.0.1", 0, [Service("kvrelay.v1.PrefillService", add, PrefillWorker())])
-    port = await server.start()
-    record = WorkerRecord("prefill-0", WorkerRole.PREFILL, f"127.0.0.1:{port}", os.getpid(), MODEL, epoch=1)
-    made = Connection(record, "gateway-0", lambda: None)
-    try:
-        await until(lambda: made.up)
+    service = Service("kvrelay.v1.PrefillService", add, PrefillWorker())
+    async with connection_to("prefill-0", WorkerRole.PREFILL, service) as made:
         yield made
-    finally:
-        await made.close()
-        await server.stop()
 
 
 async def next_response(responses: AsyncIterator[worker_pb2.PrefillResponse]) -> worker_pb2.PrefillResponse:

@@ -1,11 +1,9 @@
 """The interpreter accepts what the compiler does not, so the kernels are compiled too; that takes no GPU."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[3]
+from tests.unit.gpu.compiling import compiled_by
+
 KERNELS = {
     ("activation", "_gated_silu"),
     ("chunk_attention", "_attend_kernel"),
@@ -24,18 +22,6 @@ KERNELS = {
 
 
 def test_all_kernels_compile_for_hopper(tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.unit.gpu.compile_kernels"],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    compiled = [line.split() for line in done.stdout.splitlines()]
+    compiled = compiled_by(tmp_path, "-m", "tests.unit.gpu.compile_kernels")
     assert {(module, name) for module, name, _ in compiled} == KERNELS
     assert all(int(size) > 1000 for _, _, size in compiled)

@@ -1,8 +1,5 @@
 """The two halves of a decode step around the model: Triton against torch."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from random import Random
 
@@ -14,8 +11,8 @@ from kvrelay.engine.feed import TorchFeed
 from kvrelay.engine.kernels.gpu.feed import GpuFeed
 from kvrelay.engine.sequence import Chunk, Sequence
 from kvrelay.request import Request, Sampling
+from tests.unit.gpu.compiling import compiled_by
 
-ROOT = Path(__file__).parents[3]
 BLOCK_SIZE, WIDTH = 5, 12
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -69,16 +66,4 @@ GpuFeed().end(state.view(4), state.last_tokens, numbers[:4], numbers[None], numb
 
 def test_both_halves_compile_for_hopper(tmp_path: Path) -> None:
     """The interpreter accepts what the compiler does not; compiling takes no GPU."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert [line.split()[:2] for line in done.stdout.splitlines()] == [["feed", "_begin"], ["feed", "_end"]]
+    assert [line[:2] for line in compiled_by(tmp_path, "-c", COMPILE)] == [["feed", "_begin"], ["feed", "_end"]]
