@@ -59,7 +59,7 @@ class Intake:
 
         Raises:
             FailedPrecondition: the prefill worker has ended the request, reason HANDOVER_ENDED; or the KV cache is to
-                be computed elsewhere, reason TRANSFER_FAILED.
+                be computed elsewhere, reason TRANSFER_FAILED, and metadata says the cause and the source.
         """
         started = time.monotonic()
         request_id = admitted.request_id
@@ -84,8 +84,10 @@ class Intake:
         self._recomputed.add(1, {Attribute.ERROR_REASON: failure.reason})
         num_tokens = (len(admitted.block_ids) - failure.verified_blocks) * self._block_size
         if num_tokens > self._max_recomputed_tokens:
-            message = "the KV cache did not arrive whole; the request can go on from its tokens"
-            raise FailedPrecondition(message, reason="TRANSFER_FAILED", metadata={"cause": failure.reason})
+            source = failure.source or "its worker"
+            message = f"the KV cache did not arrive whole from {source}; the request can go on from its tokens"
+            metadata = {"cause": failure.reason, "source": failure.source}
+            raise FailedPrecondition(message, reason="TRANSFER_FAILED", metadata=metadata)
         self._engine.tell(lambda scheduler: scheduler.recompute(request_id, failure.verified_blocks))
         return TakenOver(at=time.monotonic(), transfer=0.0)
 

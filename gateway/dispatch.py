@@ -8,9 +8,10 @@ from types import TracebackType
 
 from gateway.disaggregation import Disaggregation, Link
 from gateway.fleet import Connection, Fleet
-from gateway.recovery import WorkerStart
 from gateway.reservation import Reservation
-from gateway.router import Prompt, Router, WorkerView
+from gateway.route import Prompt, WorkerView
+from gateway.router import Router
+from gateway.router_memory import WorkerStart
 from kvrelay.control.membership import WorkerEntry
 from kvrelay.control.registry import LinkRecord, ModelInfo
 from kvrelay.engine.prefix import block_digests, root_digest
@@ -126,6 +127,12 @@ class Dispatch:
             avoid=_to_avoid(entries, avoided),
         )
         placement.decode = self._fleet.connection(worker_id)
+
+    def link_broke(self, placement: Placement, source_id: str) -> None:
+        """The KV cache did not come from this worker to the request's decode worker."""
+        prefill = placement.prefill
+        if prefill is not None and prefill.record.worker_id == source_id:  # else from a decode worker that drains
+            self._router.link_broke(prefill.start, placement.decode.start, time.monotonic())
 
     def _choose(self, request: Request, avoided: Collection[WorkerStart]) -> Placement:
         entries = self._fleet.entries()

@@ -1,10 +1,9 @@
 """Whether a request goes on after a worker failed it, and which workers it had better avoid: a policy without I/O."""
 
+from gateway.router_memory import WorkerStart
 from kvrelay.errors import KvrelayError, Unavailable
 
-__all__ = ["Recovery", "WorkerStart", "leaves_the_ticket"]
-
-WorkerStart = tuple[str, int]  # worker id and epoch
+__all__ = ["Recovery", "broken_from", "leaves_the_ticket"]
 
 # Another can go on, and nobody is to blame: the worker leaves, has no room, or has not noticed yet that it lost the
 # gateway which sent it the same request before. An attempt has an id of its own.
@@ -72,10 +71,17 @@ def _came_too_late(error: KvrelayError) -> bool:
     return error.reason == "TRANSFER_FAILED" and error.metadata.get("cause") in causes
 
 
+def broken_from(error: KvrelayError) -> str:
+    """The worker from which a KV cache did not arrive; empty if the error is of another kind."""
+    if error.reason != "TRANSFER_FAILED" or _came_too_late(error):
+        return ""
+    return error.metadata.get("source", "")
+
+
 def _given_up(error: KvrelayError, num_failures: int) -> Unavailable:
     stage, worker = (error.metadata.get(key, "unknown") for key in ("stage", "worker"))
     return Unavailable(
-        f"{stage} worker {worker} was lost, after {num_failures - 1} other failures; the request can be sent again",
+        f"{num_failures} attempts failed, the last on {stage} worker {worker}; the request can be sent again",
         reason="WORKER_LOST",
         metadata={"stage": stage, "worker": worker, "cause": error.reason, "failures": str(num_failures)},
         retry_after=1.0,

@@ -1,91 +1,19 @@
 """Which workers a request goes to: a policy that does no I/O and takes the time as an argument."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 
-from gateway.disaggregation import Disaggregation, Link, PromptWork, seconds_local, seconds_split
+from gateway.disaggregation import Disaggregation, PromptWork, seconds_local, seconds_split
 from gateway.reservation import reserves_late
-from gateway.router_memory import PrefixIndex, Sent
+from gateway.route import Prompt, Route, WorkerView, link_between
+from gateway.router_memory import BrokenLinks, PrefixIndex, Sent, WorkerStart
 from kvrelay.errors import Unavailable
 from kvrelay.request import WorkerRole
 
-__all__ = ["Prompt", "Route", "Router", "WorkerView"]
+__all__ = ["Router"]
 
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """What a request brings that somebody must compute, or have.
-
-    Attributes:
-        digests: of its full blocks, as `kvrelay.engine.prefix.block_digests` makes them, by each block size of the
-            workers.
-    """
-
-    num_tokens: int
-    digests: Mapping[int, Sequence[bytes]]
-
-    def num_blocks(self, block_size: int) -> int:
-        """That hold it."""
-        return -(-self.num_tokens // block_size)
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerView:
-    """A worker as its last heartbeat showed it.
-
-    Attributes:
-        running: sequences in its batch.
-        waiting: sequences that wait for blocks or for their turn.
-        waiting_tokens: prompt tokens still to be computed there.
-        blocks_free: KV blocks that a new sequence could take, cached ones included.
-        seen_at: when the heartbeat came, in seconds on the clock of the router's caller.
-        block_size: tokens in a KV block.
-        max_batched_tokens: that one step computes, which is a chunk of a longer prompt.
-        itl_limit: seconds for which prompt tokens may hold up a step; 0 is no limit.
-        epoch: grows when the worker restarts, which empties its cache.
-        draining: takes no new requests.
-        prefill_rate: prompt tokens it computes per second, as measured; 0 while unknown.
-        block_bytes: of a KV block; 0 if unknown.
-        links: of a decode worker, by prefill worker, as measured.
-    """
-
-    worker_id: str
-    role: WorkerRole
-    running: int
-    waiting: int
-    waiting_tokens: int
-    blocks_free: int
-    seen_at: float
-    block_size: int
-    max_batched_tokens: int
-    itl_limit: float
-    epoch: int = 0
-    draining: bool = False
-    prefill_rate: float = 0.0
-    block_bytes: int = 0
-    links: Mapping[str, Link] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """Where a request goes.
-
-    Attributes:
-        prefill_id: None where the decode worker computes the prompt, too.
-        num_uncached_tokens: prompt tokens that will probably have to be computed.
-        reserves_late: the decode worker's blocks are scarce, so they are taken when prefill is nearly done.
-    """
-
-    prefill_id: str | None
-    decode_id: str
-    num_uncached_tokens: int
-    reserves_late: bool = False
-
-    @property
-    def computed_on(self) -> str:
-        """The worker that computes the prompt."""
-        return self.prefill_id or self.decode_id
+BROKEN_LINK_SECONDS = 5.0  # until it is tried again, which costs a request another attempt if it fails
 
 
 class Router:
@@ -94,7 +22,8 @@ class Router:
     The prompt goes to the prefill worker that will be done with it first, counted in tokens: what is queued there by
     the last heartbeat, what was sent there since, and what of this prompt it has not cached. Decoding goes to the
     worker with the fewest sequences for its free blocks, and among equals to the one that holds most of the prefix.
-    Or one decode worker does both, if the mode says so: the one where that costs least.
+    Or one decode worker does both, if the mode says so: the one where that costs least. A link that has just broken is
+    taken only where there is no other.
 
     Args:
         mode: who computes prompts.
@@ -108,6 +37,7 @@ class Router:
         self._sent: defaultdict[str, Sent] = defaultdict(Sent)  # prompt tokens, by who computes them
         self._promised: defaultdict[str, Sent] = defaultdict(Sent)  # blocks of decode workers
         self._num_decoding: Counter[str] = Counter()
+        self._broken = BrokenLinks(BROKEN_LINK_SECONDS)
 
     def choose(
         self,
@@ -131,7 +61,7 @@ class Router:
         """
         self.finished(request_id)
         usable = [worker for worker in workers if not worker.draining]
-        prefill, decode = self._choose(prompt, usable, avoid)
+        prefill, decode = self._choose(prompt, usable, avoid, now)
         computing = prefill or decode
         route = Route(
             prefill_id=None if prefill is None else prefill.worker_id,
@@ -182,6 +112,10 @@ class Router:
         if route is not None:
             self._leave_decode(request_id, route)
 
+    def link_broke(self, prefill: WorkerStart, decode: WorkerStart, now: float) -> None:
+        """A KV cache did not arrive, which neither worker need be to blame for."""
+        self._broken.add(prefill, decode, now)
+
     def _join_decode(self, request_id: str, worker: WorkerView, prompt: Prompt, now: float) -> None:
         self._remember(worker, prompt)
         self._promised[worker.worker_id].add(request_id, prompt.num_blocks(worker.block_size), now)
@@ -196,20 +130,36 @@ class Router:
         self._num_decoding[route.decode_id] -= 1
 
     def _choose(
-        self, prompt: Prompt, workers: Sequence[WorkerView], avoid: Collection[str]
+        self, prompt: Prompt, workers: Sequence[WorkerView], avoid: Collection[str], now: float
     ) -> tuple[WorkerView | None, WorkerView]:
         """The prefill worker, or None where the decode worker computes the prompt; and the decode worker."""
-        decoding = _of_role(workers, WorkerRole.DECODE, avoid)
         has_prefill = any(worker.role is WorkerRole.PREFILL for worker in workers)
+        decoding = _of_role(workers, WorkerRole.DECODE, avoid)
         if self._mode is Disaggregation.NEVER or (self._mode is Disaggregation.AUTO and not has_prefill):
             return None, min(decoding, key=self._cost_of_both(prompt, workers))
-        prefill = min(_of_role(workers, WorkerRole.PREFILL, avoid), key=self._cost_of_prefill(prompt))
-        decode = min(decoding, key=self._cost_of_decoding(prompt))
+        prefill, decode = self._choose_pair(prompt, workers, avoid, now)
         if self._mode is Disaggregation.AUTO:
             whole = min(decoding, key=self._cost_of_both(prompt, workers))
-            if self._seconds_local(whole, prompt, workers) <= self._seconds_split(prefill, decode, prompt, workers):
+            is_broken = self._broken.has(prefill, decode, now)
+            seconds_whole = self._seconds_local(whole, prompt, workers)
+            if is_broken or seconds_whole <= self._seconds_split(prefill, decode, prompt, workers):
                 return None, whole
         return prefill, decode
+
+    def _choose_pair(
+        self, prompt: Prompt, workers: Sequence[WorkerView], avoid: Collection[str], now: float
+    ) -> tuple[WorkerView, WorkerView]:
+        """A prefill worker and a decode worker, joined by a link that is not broken if there is one."""
+        prefilling, decoding = (_of_role(workers, role) for role in (WorkerRole.PREFILL, WorkerRole.DECODE))
+
+        def is_joined(decode: WorkerView) -> bool:
+            return not all(self._broken.has(prefill, decode, now) for prefill in prefilling)
+
+        decoding = _preferring(lambda worker: worker.worker_id not in avoid, _preferring(is_joined, decoding))
+        decode = min(decoding, key=self._cost_of_decoding(prompt))
+        prefilling = _preferring(lambda worker: not self._broken.has(worker, decode, now), prefilling)
+        prefilling = _preferring(lambda worker: worker.worker_id not in avoid, prefilling)
+        return min(prefilling, key=self._cost_of_prefill(prompt)), decode
 
     def _cost_of_prefill(self, prompt: Prompt) -> Callable[[WorkerView], tuple[int, int, str]]:
         def cost(worker: WorkerView) -> tuple[int, int, str]:
@@ -283,15 +233,9 @@ class Router:
         return reserves_late(num_blocks, worker.blocks_free, self._num_promised(worker, prompt))
 
 
-def link_between(prefill: WorkerView, decode: WorkerView) -> Link:
-    """The link by which a decode worker takes KV caches over from a prefill worker; a usual one if not measured."""
-    return decode.links.get(prefill.worker_id) or Link()
-
-
 def _of_role(workers: Sequence[WorkerView], role: WorkerRole, avoid: Collection[str] = ()) -> list[WorkerView]:
     """The workers to choose from; those to avoid if there are only such."""
     found = [worker for worker in workers if worker.role == role]
-    found = [worker for worker in found if worker.worker_id not in avoid] or found
     if not found:
         raise Unavailable(
             f"no {role} worker can take the request",
@@ -299,4 +243,9 @@ def _of_role(workers: Sequence[WorkerView], role: WorkerRole, avoid: Collection[
             metadata={"stage": str(role)},
             retry_after=1.0,
         )
-    return found
+    return _preferring(lambda worker: worker.worker_id not in avoid, found)
+
+
+def _preferring(is_preferred: Callable[[WorkerView], bool], workers: list[WorkerView]) -> list[WorkerView]:
+    """The preferred ones; without any, all."""
+    return [worker for worker in workers if is_preferred(worker)] or workers

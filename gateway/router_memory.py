@@ -1,11 +1,13 @@
-"""What the router remembers of what it sent: amounts until a heartbeat tells of them, and prefixes until they age."""
+"""What the router remembers: amounts sent, until a heartbeat tells of them; prefixes, until they age; broken links."""
 
 import bisect
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Protocol
 
-__all__ = ["PrefixIndex", "Sent"]
+__all__ = ["BrokenLinks", "PrefixIndex", "Sent", "WorkerStart"]
+
+WorkerStart = tuple[str, int]  # worker id and epoch
 
 
 class Worker(Protocol):
@@ -68,3 +70,23 @@ class PrefixIndex:
             return self._epochs.get(digest, {}).get(worker.worker_id) != worker.epoch
 
         return bisect.bisect_left(digests, True, key=missing)
+
+
+class BrokenLinks:
+    """Links over which a KV cache did not arrive, each for a while; both workers may be well, and go well with others.
+
+    Args:
+        seconds: after which a link is tried again.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._until: dict[tuple[WorkerStart, WorkerStart], float] = {}
+
+    def add(self, prefill: WorkerStart, decode: WorkerStart, now: float) -> None:
+        self._until = {link: until for link, until in self._until.items() if until > now}
+        self._until[prefill, decode] = now + self._seconds
+
+    def has(self, prefill: Worker, decode: Worker, now: float) -> bool:
+        link = (prefill.worker_id, prefill.epoch), (decode.worker_id, decode.epoch)
+        return self._until.get(link, now) > now

@@ -14,7 +14,7 @@ from gateway.completion import Completion
 from gateway.dispatch import Dispatch, Placement
 from gateway.fleet import TokenSink
 from gateway.prefilling import Prefilling
-from gateway.recovery import Recovery, leaves_the_ticket
+from gateway.recovery import Recovery, broken_from, leaves_the_ticket
 from kvrelay import telemetry, wire
 from kvrelay.errors import KvrelayError
 from kvrelay.request import FinishReason, Request
@@ -92,6 +92,7 @@ class Serving:
             KvrelayError: it does not.
         """
         worker_id = error.metadata.get("worker", "")
+        self._dispatch.link_broke(placement, broken_from(error))
         self._recovery.note(error, placement.start_of(worker_id))
         attributes = {Attribute.WORKER_ID: worker_id, Attribute.ERROR_REASON: error.reason}
         self._recoveries.add(1, {Attribute.ERROR_REASON: error.reason})

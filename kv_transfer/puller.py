@@ -1,10 +1,11 @@
 """The decode worker's end of the handover: brings the blocks of a ticket into the own pool, and verifies them."""
 
 import asyncio
+import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from grpc import aio
@@ -105,24 +106,20 @@ class Puller:
             TransferFailed: for whatever reason; it says how many blocks can be used all the same.
         """
         transfer = _Transfer(self._cache, destination, num_cached_blocks, borrowed, self._checksum, self._clock)
+        source = ""
         try:
-            opened = open_ticket(ticket, self._key)
-            transfer.check(opened)
-            async with self._links.use(opened.worker_id, opened.epoch) as link:
-                pulled = await transfer.run(link, ticket, opened, self._links.worker_id)
+            with _translated():
+                opened = open_ticket(ticket, self._key)
+                source = opened.worker_id
+                transfer.check(opened)
+                async with self._links.use(opened.worker_id, opened.epoch) as link:
+                    pulled = await transfer.run(link, ticket, opened, self._links.worker_id)
         except TransferFailed as failure:
+            failure.source, failure.verified_blocks = source, transfer.num_verified
             if failure.reason == "CHECKSUM_MISMATCH":
                 self._mismatches.add(1)
-                log.warning("from prefill worker %s: %s", opened.worker_id, failure.message)
-            failure.verified_blocks = transfer.num_verified
+                log.warning("from prefill worker %s: %s", source, failure.message)
             raise
-        except KvrelayError as error:
-            raise TransferFailed(error.message, reason=error.reason, verified_blocks=transfer.num_verified) from error
-        except (asyncio.CancelledError, aio.BaseError) as error:
-            if isinstance(error, asyncio.CancelledError) and is_being_cancelled():
-                raise
-            message = "the link was closed"
-            raise TransferFailed(message, reason="LINK_CLOSED", verified_blocks=transfer.num_verified) from error
         self._bytes.add(pulled.num_bytes, {telemetry.Attribute.TRANSPORT: pulled.transport})
         return pulled
 
@@ -261,6 +258,19 @@ class _Transfer:
             # Copies may be of something else; borrowed blocks are held here, too, so that they are what they were.
             self.num_verified = self._num_skipped
             raise
+
+
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    """Inside, whatever a pull ends with, but for the puller's own cancellation, is a TransferFailed."""
+    try:
+        yield
+    except KvrelayError as error:
+        raise TransferFailed(error.message, reason=error.reason) from error
+    except (asyncio.CancelledError, aio.BaseError) as error:
+        if isinstance(error, asyncio.CancelledError) and is_being_cancelled():
+            raise
+        raise TransferFailed("the link was closed", reason="LINK_CLOSED") from error
 
 
 def _unexpected(what: str) -> TransferFailed:

@@ -16,6 +16,7 @@ class TransferFailed(Exception):
     Attributes:
         reason: a stable word for programs, in UPPER_SNAKE_CASE.
         verified_blocks: so many of the ticket's blocks, from the first on, can be used all the same.
+        source: the worker from which they were to come; empty if the ticket does not say.
     """
 
     def __init__(self, message: str, *, reason: str, verified_blocks: int = 0) -> None:
@@ -23,6 +24,7 @@ class TransferFailed(Exception):
         self.message = message
         self.reason = reason
         self.verified_blocks = verified_blocks
+        self.source = ""
 
 
 class BlockSender(Protocol):

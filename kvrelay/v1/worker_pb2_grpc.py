@@ -133,7 +133,8 @@ class DecodeServiceServicer:
         """Lives as long as the sequence: a cancelled call frees it, a failed one carries the reason, and the answer says
         how many tokens the frames bring. Deadline and cancellation are the call's own. FAILED_PRECONDITION with reason
         HANDOVER_ENDED: the prefill worker gave the request up, and its own answer says why. With reason EVICTED or
-        TRANSFER_FAILED: the request goes on from its tokens so far, computed again elsewhere.
+        TRANSFER_FAILED: the request goes on from its tokens so far, computed again elsewhere. With the latter, metadata
+        names the cause and the worker from which the KV cache did not arrive ("source").
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -77,7 +77,8 @@ class DecodeServiceStub:
     """Lives as long as the sequence: a cancelled call frees it, a failed one carries the reason, and the answer says
     how many tokens the frames bring. Deadline and cancellation are the call's own. FAILED_PRECONDITION with reason
     HANDOVER_ENDED: the prefill worker gave the request up, and its own answer says why. With reason EVICTED or
-    TRANSFER_FAILED: the request goes on from its tokens so far, computed again elsewhere.
+    TRANSFER_FAILED: the request goes on from its tokens so far, computed again elsewhere. With the latter, metadata
+    names the cause and the worker from which the KV cache did not arrive ("source").
     """
     StreamFrames: _grpc.UnaryStreamMultiCallable[_worker_pb2.StreamFramesRequest, _worker_pb2.StreamFramesResponse]
     """One call per gateway: a frame per engine step, with the new tokens of all that gateway's sequences."""
@@ -91,7 +92,8 @@ class DecodeServiceAsyncStub(DecodeServiceStub):
     """Lives as long as the sequence: a cancelled call frees it, a failed one carries the reason, and the answer says
     how many tokens the frames bring. Deadline and cancellation are the call's own. FAILED_PRECONDITION with reason
     HANDOVER_ENDED: the prefill worker gave the request up, and its own answer says why. With reason EVICTED or
-    TRANSFER_FAILED: the request goes on from its tokens so far, computed again elsewhere.
+    TRANSFER_FAILED: the request goes on from its tokens so far, computed again elsewhere. With the latter, metadata
+    names the cause and the worker from which the KV cache did not arrive ("source").
     """
     StreamFrames: _aio.UnaryStreamMultiCallable[_worker_pb2.StreamFramesRequest, _worker_pb2.StreamFramesResponse]  # type: ignore[assignment]
     """One call per gateway: a frame per engine step, with the new tokens of all that gateway's sequences."""
@@ -108,7 +110,8 @@ class DecodeServiceServicer(metaclass=_abc_1.ABCMeta):
         """Lives as long as the sequence: a cancelled call frees it, a failed one carries the reason, and the answer says
         how many tokens the frames bring. Deadline and cancellation are the call's own. FAILED_PRECONDITION with reason
         HANDOVER_ENDED: the prefill worker gave the request up, and its own answer says why. With reason EVICTED or
-        TRANSFER_FAILED: the request goes on from its tokens so far, computed again elsewhere.
+        TRANSFER_FAILED: the request goes on from its tokens so far, computed again elsewhere. With the latter, metadata
+        names the cause and the worker from which the KV cache did not arrive ("source").
         """
 
     @_abc_1.abstractmethod

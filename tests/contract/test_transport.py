@@ -255,7 +255,7 @@ async def test_a_pull_ends_when_the_registry_drops_a_worker_that_is_silent(worke
     workers.decode.links.follow()
     with pytest.raises(TransferFailed) as caught:
         await asyncio.wait_for(task, SOON)
-    assert (caught.value.reason, caught.value.verified_blocks) == ("LINK_CLOSED", 4)
+    assert (caught.value.reason, caught.value.source, caught.value.verified_blocks) == ("LINK_CLOSED", "prefill-0", 4)
 
 
 async def test_a_worker_that_goes_while_it_is_paired_with(workers: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

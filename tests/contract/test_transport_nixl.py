@@ -16,6 +16,8 @@ from kvrelay.engine.kv_cache import KvCache
 from kvrelay.errors import FailedPrecondition
 from kvrelay.v1 import kv_pb2
 from tests.contract.transport_kit import EPOCH, LAYOUT, NUM_BLOCKS, Registry, decode_worker, pair, prefill_process
+from tests.patience import until
+from tests.stopping import is_stopped
 
 needs_nixl = pytest.mark.skipif(nixl_problem() is not None, reason=str(nixl_problem()))
 
@@ -138,6 +140,7 @@ async def test_what_was_given_up_never_writes(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(nixl_agent, "TRANSFER_SECONDS", 0.3)
         os.kill(process.pid, signal.SIGSTOP)
         try:
+            await until(lambda: is_stopped(process.pid))
             with pytest.raises(TransferFailed, match="within"):
                 await link.receiver.receive(range(16), range(16), b"")
         finally:

@@ -69,6 +69,11 @@ class Fault:
         return self.target in WORKERS and self.action in ("kill", "drain", "stop", "freeze")
 
     @property
+    def takes_a_link(self) -> bool:
+        """Whether two workers, who are both there, cannot reach one another for a while."""
+        return self.client in WORKERS and self.target in WORKERS
+
+    @property
     def restarts_a_worker(self) -> bool:
         return self.target in WORKERS and self.action in ("kill", "drain")
 

@@ -101,10 +101,10 @@ async def _play(rig: Rig, schedule: Schedule, references: References, run: str) 
 
 
 async def _prepare(rig: Rig, schedule: Schedule) -> None:
-    """The targets are there; and if one will be lost, somebody else of its kind."""
+    """The targets are there; and if one will be lost, or out of reach, somebody else of its kind."""
     wanted = {fault.target for fault in schedule.faults if fault.target in WORKERS}
     for fault in schedule.faults:
-        if fault.takes_a_worker:
+        if fault.takes_a_worker or fault.takes_a_link:
             wanted |= set(PREFILL if fault.target in PREFILL else DECODE)
     await rig.wait_ready(*sorted(wanted))
     for kind in (PREFILL, DECODE):

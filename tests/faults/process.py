@@ -1,6 +1,5 @@
 """The processes of a cluster that can be killed, stopped and asked to end, and are there again afterwards."""
 
-import contextlib
 import os
 import re
 import signal
@@ -17,6 +16,7 @@ from redis import Redis
 from kvrelay.control.private_redis import PrivateRedis
 from kvrelay.failpoints import VARIABLE
 from tests.e2e.processes import clean_environment
+from tests.stopping import is_stopped
 
 __all__ = ["Member", "Process", "RedisServer"]
 
@@ -56,9 +56,7 @@ class Member:
 
     @property
     def frozen(self) -> bool:
-        with contextlib.suppress(OSError):
-            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
-        return False
+        return is_stopped(self.pid)
 
     def signal(self, number: int) -> None:
         if self.alive:

@@ -15,7 +15,8 @@ from gateway.disaggregation import (
     seconds_local,
     seconds_split,
 )
-from gateway.router import Prompt, Route, Router, WorkerView
+from gateway.route import Prompt, Route, WorkerView
+from gateway.router import Router
 from kvrelay.engine.prefix import block_digests, root_digest
 from kvrelay.errors import Unavailable
 from kvrelay.request import WorkerRole

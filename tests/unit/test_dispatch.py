@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
+
 from gateway.disaggregation import Disaggregation
 from gateway.dispatch import Dispatch, Placement
 from kvrelay.control.membership import WorkerEntry
@@ -14,6 +16,14 @@ LOAD = WorkerLoad(WorkerState.READY, 0, 0, 1000, 1000, 0, prefill_rate=1000.0)
 SLOW_LINK = LinkRecord("prefill", "grpc", bandwidth=1e6, latency=0.001)
 
 
+class Worker(WorkerEntry):
+    """An entry of the directory that is its own `Connection`."""
+
+    @property
+    def start(self) -> tuple[str, int]:
+        return self.record.worker_id, self.record.epoch
+
+
 @dataclass
 class Workers:
     """What a `Dispatch` asks of a `Fleet`."""
@@ -22,7 +32,7 @@ class Workers:
 
     def add(self, worker_id: str, role: WorkerRole, load: WorkerLoad = LOAD, **own: Any) -> None:
         record = WorkerRecord(worker_id, role, "host:1", 1, MODEL, **own)
-        self.found[worker_id] = WorkerEntry(record, load, seen_at=0.0)
+        self.found[worker_id] = Worker(record, load, seen_at=0.0)
 
     def entries(self) -> list[WorkerEntry]:
         return list(self.found.values())
@@ -60,6 +70,21 @@ async def test_a_prefill_worker_has_its_own_chunks() -> None:
         workers.add("prefill", WorkerRole.PREFILL, max_batched_tokens=max_batched_tokens)
         placement = await place(dispatch_to(workers, Disaggregation.AUTO), 2000)
         assert (placement.prefill is not None) is moves
+
+
+@pytest.mark.parametrize(
+    ("source", "goes_to"), [("prefill-0", "prefill-1"), ("decode-1", "prefill-0"), ("", "prefill-0")]
+)
+async def test_the_link_that_broke_is_the_one_from_the_source(source: str, goes_to: str) -> None:
+    """A KV cache may also come from a decode worker that drains, or from nobody."""
+    workers = Workers()
+    workers.add("decode-0", WorkerRole.DECODE)
+    workers.add("prefill-0", WorkerRole.PREFILL)
+    dispatch = dispatch_to(workers, Disaggregation.ALWAYS)
+    with await place(dispatch, 32) as placement:
+        dispatch.link_broke(placement, source)
+    workers.add("prefill-1", WorkerRole.PREFILL, replace(LOAD, waiting_tokens=100))
+    assert (await place(dispatch, 32)).prefill is workers.connection(goes_to)
 
 
 async def test_a_decode_worker_has_its_own_limit() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gateway.recovery import LONGEST_DELAY_SECONDS, Recovery
+from gateway.recovery import LONGEST_DELAY_SECONDS, Recovery, broken_from
 from kvrelay.errors import (
     DeadlineExceeded,
     FailedPrecondition,
@@ -75,6 +75,14 @@ def test_a_decode_worker_may_be_to_blame_for_bytes_that_changed() -> None:
     recovery = Recovery(max_failures=4)
     recovery.note(transfer_failed("CHECKSUM_MISMATCH"), ("d1", 1))
     assert recovery.avoided == {("d1", 1)}
+
+
+def test_a_link_breaks_where_a_cache_did_not_arrive_and_not_where_its_lease_had_ended() -> None:
+    for cause, source in (("UNAVAILABLE", "p1"), ("CHECKSUM_MISMATCH", "p1"), ("TICKET_EXPIRED", "")):
+        error = transfer_failed(cause)
+        error.metadata["source"] = "p1"
+        assert broken_from(error) == source
+    assert broken_from(LOST) == ""
 
 
 def test_the_first_recovery_is_immediate_and_the_others_wait_ever_longer() -> None:

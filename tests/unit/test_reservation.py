@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from gateway.prefilling import Prefilling
 from gateway.reservation import Reservation, reserves_late
-from gateway.router import Prompt, Router, WorkerView
+from gateway.route import Prompt, WorkerView
+from gateway.router import Router
 from kvrelay.request import WorkerRole
 from kvrelay.v1 import worker_pb2
 from tests.patience import SOON

@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from gateway.router import Prompt, Router, WorkerView
+from gateway.disaggregation import Disaggregation
+from gateway.route import Prompt, WorkerView
+from gateway.router import BROKEN_LINK_SECONDS, Router
 from kvrelay.engine.prefix import block_digests, root_digest
 from kvrelay.errors import Unavailable
 from kvrelay.request import WorkerRole
@@ -179,6 +181,52 @@ def test_without_workers_of_a_role_nothing_is_chosen(missing: set[str], stage: s
 def test_who_failed_is_better_than_nobody() -> None:
     route = Router().choose("r", prompt(64), WORKERS, now=1.0, avoid={"p1", "p2", "d1", "d2"})
     assert (route.prefill_id, route.decode_id) == ("p1", "d1")
+
+
+def start(name: str, epoch: int = 0) -> tuple[str, int]:
+    return name, epoch
+
+
+def test_a_link_that_broke_is_passed_over_for_a_while() -> None:
+    router = Router()
+    workers = [prefill("p1"), prefill("p2", waiting_tokens=900), decode("d1")]
+    router.link_broke(start("p1"), start("d1"), now=1.0)
+    assert router.choose("r", prompt(64), workers, now=1.1).prefill_id == "p2"
+    assert router.choose("r", prompt(64), workers, now=0.99 + BROKEN_LINK_SECONDS).prefill_id == "p2"
+    assert router.choose("r", prompt(64), workers, now=1.01 + BROKEN_LINK_SECONDS).prefill_id == "p1"
+
+
+def test_another_start_has_links_of_its_own() -> None:
+    router = Router()
+    workers = [prefill("p1"), prefill("p2", waiting_tokens=900), decode("d1")]
+    router.link_broke(start("p1"), start("d1"), now=1.0)
+    for restarted in ([replace(workers[0], epoch=1), *workers[1:]], [*workers[:2], replace(workers[2], epoch=1)]):
+        assert router.choose("r", prompt(64), restarted, now=1.1).prefill_id == "p1"
+
+
+def test_a_whole_link_to_who_is_avoided_is_better_than_a_broken_one() -> None:
+    router = Router()
+    router.link_broke(start("p1"), start("d1"), now=1.0)
+    router.link_broke(start("p2"), start("d1"), now=1.0)
+    route = router.choose("r", prompt(64), WORKERS, now=1.1, avoid={"d2", "p1"})
+    assert (route.prefill_id, route.decode_id) == ("p2", "d2")
+
+
+def test_a_broken_link_is_better_than_none() -> None:
+    router = Router()
+    for name in ("p1", "p2"):
+        router.link_broke(start(name), start("d1"), now=1.0)
+    route = router.choose("r", prompt(64), [*WORKERS[:2], decode("d1")], now=1.1)
+    assert (route.prefill_id, route.decode_id) == ("p1", "d1")
+
+
+def test_over_a_broken_link_nothing_is_sent_that_the_decode_worker_may_compute() -> None:
+    """On the idle decode worker it would cost the same; what runs there makes it worse, but not impossible."""
+    router = Router(Disaggregation.AUTO)
+    workers = [replace(prefill("p1"), prefill_rate=1000.0), replace(decode("d1", running=20), prefill_rate=1000.0)]
+    assert router.choose("r", prompt(64), workers, now=1.0).prefill_id == "p1"
+    router.link_broke(start("p1"), start("d1"), now=1.0)
+    assert router.choose("r", prompt(64), workers, now=1.1).prefill_id is None
 
 
 def test_a_move_takes_another_decode_worker_and_keeps_the_prefill_worker() -> None:
