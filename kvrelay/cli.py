@@ -31,7 +31,7 @@ FAILED, BAD_CONFIGURATION, INTERRUPTED = 1, 2, 130
 _WORKER_GROUPS = ("cluster", "worker", "engine", "transfer")
 # What a command does not look at is no flag of it. A file or the environment may name it all the same, for others.
 _COUNTS = {"prefill", "decode"}
-_OF_ONE_WORKER = {"worker_id", "worker_port", "advertise_port"}
+_OF_ONE_WORKER = {"worker_id", "worker_port", "advertise_port", "local_rank", "local_size"}
 _OF_DECODE = {"itl_limit", "transport", "require_transport", "checksum"}
 _NOT_OF_GATEWAY = {field.name for field in fields(EngineSettings)} - {"model", "served_model_name", "context_length"}
 _NOT_OF_GATEWAY |= {"worker_port", "advertise_port", "stuck_seconds"}

@@ -126,7 +126,9 @@ class EngineSettings:
 
     model: str = setting(DEMO_MODEL, "checkpoint folder, Hugging Face hub name, or demo for the model shipped")
     served_model_name: str = setting("", "name of the model in the API; empty: the folder's own, else as in --model")
-    device: str = setting("auto", "torch device; auto takes a GPU if there is one")
+    device: str = setting("auto", "torch device; auto takes a GPU if there is one, and workers of one host take turns")
+    local_rank: int = setting(0, "which of the workers of this host it is, from 0", minimum=0)
+    local_size: int = setting(1, "workers of this host; those that share a GPU share its memory", minimum=1)
     dtype: str = setting(
         "auto",
         "auto means float32 on a CPU, else the checkpoint's",
@@ -140,7 +142,7 @@ class EngineSettings:
     block_size: int = setting(16, "tokens in a KV block", minimum=1, maximum=1024)
     num_blocks: int = setting(0, "KV blocks in the pool; 0 derives them from kv_cache_memory", minimum=0)
     kv_cache_memory: int = setting(
-        0, "size of the KV pool; 0 means 512MiB on a CPU, most of what is free on a GPU", minimum=0, unit="bytes"
+        0, "size of the KV pool; 0 means 512MiB on a CPU, most of its share of a GPU", minimum=0, unit="bytes"
     )
     shared_pool: str = setting(
         "",

@@ -182,9 +182,10 @@ class Supervisor:
         names = [("prefill", index) for index in range(num_prefill)]
         names += [("decode", index) for index in range(num_decode)]
         self._add("gateway", ["gateway", "--config", str(config)])
-        for role, index in names:
+        for rank, (role, index) in enumerate(names):
             name = f"{role}-{index}"
-            self._add(name, [role, "--config", str(config), "--worker-id", name])
+            place = ["--local-rank", str(rank), "--local-size", str(len(names))]
+            self._add(name, [role, "--config", str(config), "--worker-id", name, *place])
         for child in self._children:
             child.start()
         redis = "Redis, " if self._redis is not None else ""

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy
 import torch
 
+from kvrelay.engine.device import default_kv_memory
 from kvrelay.engine.kv_layout import KvLayout
 from kvrelay.engine.pool_file import PoolFile
 from kvrelay.engine.pool_header import HEADER_BYTES, PoolHeader
@@ -17,9 +18,6 @@ from kvrelay.errors import ConfigurationError
 from kvrelay.settings import EngineSettings
 
 __all__ = ["HEADER_BYTES", "KvCache", "join_shared_pool", "num_blocks_for"]
-
-_DEFAULT_CPU_BYTES = 512 << 20
-_CUDA_FRACTION = 0.85  # of what the weights leave; the rest is for activations
 
 
 class KvCache:
@@ -175,17 +173,10 @@ def num_blocks_for(settings: EngineSettings, layout: KvLayout, device: torch.dev
     """
     if settings.num_blocks:
         return settings.num_blocks
-    memory = settings.kv_cache_memory or _default_memory(device)
+    memory = settings.kv_cache_memory or default_kv_memory(settings, device)
     if memory < layout.block_bytes:
         raise ConfigurationError(f"kv_cache_memory: {memory} bytes, but one block takes {layout.block_bytes}")
     return memory // layout.block_bytes
-
-
-def _default_memory(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _DEFAULT_CPU_BYTES
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(free * _CUDA_FRACTION)
 
 
 def _check_available(num_bytes: int) -> None:

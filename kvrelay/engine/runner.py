@@ -12,6 +12,7 @@ from kvrelay.engine.batch_state import BatchState
 from kvrelay.engine.checkpoint import check_checkpoint, model_digest
 from kvrelay.engine.decode_step import DecodeStep
 from kvrelay.engine.decoder import Decoder, LaunchedStep
+from kvrelay.engine.device import choose_device
 from kvrelay.engine.feed import choose_feed
 from kvrelay.engine.kernels import choose_kernels
 from kvrelay.engine.kernels.interface import Kernels
@@ -92,7 +93,7 @@ class ModelRunner:
             torch.set_num_threads(settings.threads)
         torch.set_float32_matmul_precision("highest")  # on CUDA: no TF32
         check_checkpoint(path)
-        device = _device(settings.device)
+        device = choose_device(settings)
         spec = inspect_model(path)
         _check_context_length(settings, spec)
         dtype = _dtype(settings.dtype, device, spec)
@@ -173,20 +174,6 @@ class ModelRunner:
         if self._decoder is not None and settings.cuda_graphs and not isinstance(self.kernels, ReferenceKernels):
             with self._on_device:
                 self._decoder.capture(self.cache.device)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
-        reason = str(error).split("\n")[0]
-        raise ConfigurationError(f"device {name}: cannot be used: {reason}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigurationError(f"device {name}: is neither cpu nor cuda")
-    return device
 
 
 def _dtype(name: str, device: torch.device, spec: ModelSpec) -> str:

@@ -16,7 +16,7 @@ import pytest
 from kvrelay.cli import main
 from kvrelay.client import GenerateOptions, Stream
 from tests.e2e.cluster import Cluster
-from tests.e2e.processes import clean_environment, kvrelay
+from tests.e2e.processes import clean_environment, command_line, kvrelay
 from tests.patience import eventually
 
 PROMPT = "Once upon a time"
@@ -172,6 +172,13 @@ def test_status_as_json_has_the_fields_of_the_contract(
     assert status["workers"][0]["blocks_held"] > 0
     assert [gateway["address"] for gateway in status["gateways"]] == [target]
     assert (status["queue"]["waiting"], status["queue"]["running"]) == (0, 1)
+
+
+def test_up_tells_each_worker_which_of_the_hosts_workers_it_is(cluster: Cluster) -> None:
+    """By which it chooses a GPU."""
+    lines = {worker.id: command_line(worker.pid) for worker in cluster.status().workers}
+    for rank, worker_id in enumerate(["prefill-0", "decode-0"]):
+        assert f" --local-rank {rank} --local-size 2 " in lines[worker_id]
 
 
 def test_status_for_people(target: str, capsys: Output) -> None:

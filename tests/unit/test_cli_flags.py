@@ -14,7 +14,7 @@ GATEWAY_FLAGS = {setting.name for setting in fields(Settings().gateway)}
 ENGINE_FLAGS = {setting.name for setting in fields(EngineSettings)}
 
 LACKING = {
-    "up": {"worker_id", "worker_port", "advertise_port"},
+    "up": {"worker_id", "worker_port", "advertise_port", "local_rank", "local_size"},
     "gateway": {
         *("prefill", "decode", "worker_port", "advertise_port", "stuck_seconds"),
         *(ENGINE_FLAGS - {"model", "served_model_name", "context_length"}),

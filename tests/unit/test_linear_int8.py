@@ -208,7 +208,7 @@ def test_only_in_float32_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     path = make_checkpoint(tmp_path, "llama")
     with pytest.raises(ConfigurationError, match=r"quantization: int8.*bfloat16"):
         ModelRunner.load(path, replace(SETTINGS, dtype="bfloat16"))
-    monkeypatch.setattr(runner, "_device", torch.device)  # as if there were one
+    monkeypatch.setattr(runner, "choose_device", lambda settings: torch.device("cuda"))  # as if there were one
     with pytest.raises(ConfigurationError, match=r"quantization: int8.*cuda"):
         ModelRunner.load(path, replace(SETTINGS, device="cuda", dtype="float32"))
 
