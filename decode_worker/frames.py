@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from typing import Any
 
 from kvrelay import failpoints, wire
@@ -34,7 +34,7 @@ class FrameStreams:
         for stream in self._streams.values():
             stream.flush()
 
-    async def stream(self, gateway_id: str) -> AsyncIterator[worker_pb2.StreamFramesResponse]:
+    async def stream(self, gateway_id: str) -> AsyncGenerator[worker_pb2.StreamFramesResponse, None]:
         """The gateway's frames until it leaves; an empty one at once says that the stream stands."""
         former = self._streams.get(gateway_id)
         if former is not None:

@@ -4,6 +4,8 @@ What crosses the wire is done here by hand, in the order in which `KvService` an
 between something else may happen. Whoever joins a batch must have the KV cache of its own prompt.
 """
 
+from typing import TypeVar
+
 import hypothesis.strategies as st
 from hypothesis.stateful import rule
 
@@ -17,6 +19,7 @@ from tests.unit.handover_lives import KEY, LEASE_SECONDS, Block, Life, Loss, Run
 from tests.unit.handover_prefill import PrefillActs
 from tests.unit.scheduling import GARBAGE, Bench
 
+Item = TypeVar("Item")
 which = st.integers(0, 1000)
 
 
@@ -216,8 +219,8 @@ class HandoverMachine(PrefillActs):
             # A bit of the outer message may be one that proto readers pass over.
             assert refuses(open_ticket, bytes(forged), KEY) or open_ticket(bytes(forged), KEY) == life.ticket
 
-    def one(self, index: int, lives: list[Life]) -> list[Life]:
-        return lives[index % len(lives) :][:1] if lives else []
+    def one(self, index: int, items: list[Item]) -> list[Item]:
+        return items[index % len(items) :][:1] if items else []
 
     def block(self, bench: Bench, block_id: int) -> Block:
         return tuple(bench.model.slots[block_id])

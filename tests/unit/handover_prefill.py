@@ -16,7 +16,7 @@ class PrefillActs(HandoverInvariants):
 
     @rule(spec=st.builds(Spec, **{name: st.sampled_from(values) for name, values in CHOICES.items()}))
     def submit(self, spec: Spec) -> None:
-        if any(spec.request_id in known for known in (self.prefill.lives, *(each.takings for each in self.decodes))):
+        if spec.request_id in self.prefill.lives or any(spec.request_id in each.takings for each in self.decodes):
             return
         life = Life(spec, self.prefill)
         self.add(self.prefill.bench, spec, Role.PREFILL)

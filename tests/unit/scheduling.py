@@ -48,8 +48,10 @@ class Cached(Protocol):
     """What has a KV cache: a sequence, or what a device was told of it."""
 
     request: Request
-    token_ids: list[int]
     block_table: list[int]
+
+    @property
+    def token_ids(self) -> Items[int]: ...
 
 
 @dataclass
@@ -249,7 +251,7 @@ class Bench:
 
     def drain(self, limit: int = 1000) -> list[list[ChunkShape]]:
         """Steps until nothing is left to compute."""
-        steps = []
+        steps: list[list[ChunkShape]] = []
         while True:
             was_busy = bool(self.in_flight)
             shapes = self.step()

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from kvrelay.engine.kv_layout import KvLayout
 from kvrelay.engine.pool_file import PoolFile
@@ -46,7 +47,7 @@ class Worker:
         assert self.process.stdout is not None
         return self.process.stdout.readline().strip()
 
-    def ask(self, expression: str) -> object:
+    def ask(self, expression: str) -> Any:
         self.send(f"print({expression})")
         return eval(self.read())
 

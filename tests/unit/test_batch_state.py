@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence as Items
 from random import Random
+from typing import Any
 
 import numpy
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from kvrelay.engine import batch_state
 from kvrelay.engine.batch import make_input
@@ -18,6 +20,7 @@ from kvrelay.engine.kv_layout import KvLayout
 from kvrelay.engine.limits import Limits
 from kvrelay.engine.scheduler import Scheduler
 from kvrelay.engine.sequence import Chunk, Sequence
+from kvrelay.engine.staging import upload
 from kvrelay.request import Request, Sampling, Token
 
 BLOCK_SIZE, NUM_BLOCKS, MAX_ROWS, CONTEXT_LENGTH = 3, 40, 6, 60
@@ -135,10 +138,12 @@ def test_other_blocks_are_sent_although_all_else_is_as_before() -> None:
 
 def test_a_step_like_the_one_before_sends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[int] = []
-    upload = batch_state.upload
-    monkeypatch.setattr(
-        batch_state, "upload", lambda arrays, device: [sent.append(len(arrays[0])), upload(arrays, device)][1]
-    )
+
+    def noted(arrays: Items[NDArray[Any]], device: torch.device) -> list[torch.Tensor]:
+        sent.append(len(arrays[0]))
+        return upload(arrays, device)
+
+    monkeypatch.setattr(batch_state, "upload", noted)
     runner = StateRunner(Random(0), overlaps=True)
     scheduler = Scheduler(BlockPool(NUM_BLOCKS), Limits(MAX_ROWS, 50, CONTEXT_LENGTH, BLOCK_SIZE))
     engine = Engine(scheduler, runner)

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from kvrelay.bench.load import Outcome
+from kvrelay.bench.load import Outcome, Record
 from kvrelay.bench.measure import GoodputLimits
 from kvrelay.bench.plots import Axis, linear_axis, log_axis
 from kvrelay.bench.report import Report, to_json
@@ -105,7 +105,7 @@ def test_every_number_in_a_plot_is_finite() -> None:
     ],
     ids=["nothing", "only errors", "one token", "one response", "all alike", "interrupted"],
 )
-def test_reports_of_little(records: list) -> None:
+def test_reports_of_little(records: list[Record]) -> None:
     little = report(records, window=0.0 if not records else 3.0)
     assert Page(render_html(little)).open == []
     assert "output tokens" in render_text(little)

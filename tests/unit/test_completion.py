@@ -1,6 +1,7 @@
 """Tokens by position: whatever way and order they come in, the log has each once and in order."""
 
 import asyncio
+from collections.abc import Sequence
 from random import Random
 
 from hypothesis import given
@@ -18,7 +19,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 class Letters:
     """A detokenizer for token ids that are positions in the alphabet."""
 
-    def push(self, token_ids: list[int]) -> str:
+    def push(self, token_ids: Sequence[int]) -> str:
         return "".join(LETTERS[token_id] for token_id in token_ids)
 
     def flush(self) -> str:

@@ -37,7 +37,7 @@ class Workers:
     def entries(self) -> list[WorkerEntry]:
         return list(self.found.values())
 
-    def connection(self, worker_id: str) -> WorkerEntry:
+    def connection(self, worker_id: str) -> Any:
         return self.found[worker_id]
 
 

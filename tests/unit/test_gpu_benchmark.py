@@ -9,6 +9,7 @@ import torch
 from benchmarks import gpu
 from benchmarks.gpu_limits import DeviceLimits
 from benchmarks.gpu_model import ModelCase
+from benchmarks.gpu_parts import Bench
 
 TINY = ["--device", "cpu", "--shape", "tiny"]
 CPU_PARTS = ("decode", "prefill", "attention", "serve")
@@ -32,10 +33,10 @@ def test_all_parts_fill_their_tables(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_a_part_that_fails_leaves_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(bench: gpu.Bench) -> None:
+    def fail(bench: Bench) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(gpu.Bench, "decode", fail)
+    monkeypatch.setattr(Bench, "decode", fail)
     assert gpu.main([*TINY, *parts("decode", "prefill"), "--results", str(tmp_path)]) == 1
     assert {path.stem for path in tmp_path.glob("*.json")} == {"gpu-limits", "gpu-prefill"}
     assert "decode failed" in caplog.text

@@ -63,7 +63,8 @@ async def seconds_since_done(source: HandoverSource, ticket: bytes) -> float:
     request = kv_pb2.PullRequest(ticket=ticket, transport="grpc", decode_worker_id="decode-1")
     servicer: Any = source.service.servicer
     *_, last = [event async for event in servicer.Pull(request, CONTEXT)]
-    return last.complete.seconds_since_done
+    seconds: float = last.complete.seconds_since_done
+    return seconds
 
 
 async def test_a_prompt_was_done_when_it_was(set_clock: SetClock) -> None:
@@ -91,4 +92,4 @@ async def test_a_sequence_left_its_worker_when_it_did(set_clock: SetClock) -> No
         worker.leave()
         ticket = (await asyncio.wait_for(call, SOON)).ticket
         assert PAUSE <= await seconds_since_done(worker.source, ticket) < SOON
-        await frames.aclose()  # type: ignore[attr-defined]
+        await frames.aclose()

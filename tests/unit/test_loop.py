@@ -36,16 +36,13 @@ class Rig:
 
     def __init__(self, **limits: Any) -> None:
         self.bench = Bench(**limits)
+        self.overlaps = self.bench.model.overlaps
         self.engine = CountingEngine(self.bench.scheduler, self)
         self.loop = EngineLoop(self.engine, self._deliver)
         self.refuse: Callable[[Items[Chunk]], bool] = lambda chunks: False
         self.on_deliver: Callable[[], None] = lambda: None
         self._events: list[Event] = []
         self._arrived = threading.Condition()
-
-    @property
-    def overlaps(self) -> bool:
-        return self.bench.model.overlaps
 
     def launch(self, chunks: Items[Chunk]) -> Launched:
         if self.refuse(chunks):

@@ -70,7 +70,7 @@ def generate(runner: ModelRunner, prompts: Items[Items[int]], num_tokens: int) -
                 chunk.sequence.append(next(tokens).token_id, 10**6)
         assert next(tokens, None) is None
         step += 1
-    return [sequence.token_ids[-num_tokens:] for sequence in sequences]
+    return [list(sequence.token_ids[-num_tokens:]) for sequence in sequences]
 
 
 def is_fused(runner: ModelRunner) -> bool:

@@ -1,7 +1,9 @@
 """The compiled kernels against the reference, for each level of instructions that this machine has."""
 
 import ctypes
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from tests.unit.kernel_cases import filled_case
 
 REFERENCE = ReferenceKernels()
 LAYER = 1
-CLOSE = {"atol": 2e-5, "rtol": 2e-5}
+CLOSE: dict[str, Any] = {"atol": 2e-5, "rtol": 2e-5}
 CAPABILITY = torch.backends.cpu.get_cpu_capability()
 LEVELS = {"AVX512": ["avx512", "avx2"], "AVX2": ["avx2"]}.get(CAPABILITY, [])
 MIXED = [(6, 7), (0, 1), (31, 32), (0, 90), (13, 40), (64, 65)]
@@ -170,5 +172,5 @@ def test_a_machine_without_a_library_is_told(
     monkeypatch.setattr(native_library, "__file__", str(tmp_path / "library.py"))
     assert load_level("avx2", monkeypatch) is None
     assert "no compiled kernels" in caplog.text
-    (tmp_path / f"avx2{native_library.EXTENSION_SUFFIXES[0]}").write_bytes(b"no library")
+    (tmp_path / f"avx2{EXTENSION_SUFFIXES[0]}").write_bytes(b"no library")
     assert load_level("avx2", monkeypatch) is None

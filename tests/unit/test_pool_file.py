@@ -5,6 +5,7 @@ import os
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,9 +57,9 @@ def test_who_joins_sees_the_same_blocks_and_nonce(tmp_path: Path) -> None:
         ({"head_dim": 16}, "has head_dim 8, not 16"),
     ],
 )
-def test_another_layout_is_refused_by_name(tmp_path: Path, difference: dict[str, object], text: str) -> None:
+def test_another_layout_is_refused_by_name(tmp_path: Path, difference: dict[str, Any], text: str) -> None:
     with joined(tmp_path / "pool", 8):
-        assert text in refusal(tmp_path / "pool", replace(LAYOUT, **difference))  # type: ignore[arg-type]
+        assert text in refusal(tmp_path / "pool", replace(LAYOUT, **difference))
 
 
 def test_another_size_is_refused(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_tokens_sent_count_until_the_next_heartbeat_tells_of_them() -> None:
     router = Router()
     router.choose("r1", prompt(300), [prefill("p1"), decode("d1")], now=1.0)
 
-    def where(request_id: str, heartbeat: WorkerView) -> str:
+    def where(request_id: str, heartbeat: WorkerView) -> str | None:
         route = router.choose(request_id, prompt(10, 5000), [heartbeat, prefill("p2", 200), decode("d1")], now=2.0)
         router.finished(request_id)
         return route.prefill_id

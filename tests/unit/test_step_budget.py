@@ -1,6 +1,7 @@
 """How large a step may be, from how long steps took: on numbers, on a scheduler, and on an engine with a clock."""
 
 from collections.abc import Iterator
+from collections.abc import Sequence as Items
 
 import pytest
 from hypothesis import given
@@ -50,7 +51,9 @@ def test_equal_steps_are_taken_to_cost_nothing_but_tokens() -> None:
     times = StepTimes()
     for _ in range(10):
         times.observe(8, 0.004)
-    assert times.line() == (pytest.approx(0.0, abs=1e-9), pytest.approx(0.0005))
+    fixed, per_token = times.line()
+    assert fixed == pytest.approx(0.0, abs=1e-9)
+    assert per_token == pytest.approx(0.0005)
 
 
 @given(sizes)
@@ -125,7 +128,7 @@ def test_the_prefill_rate_follows_what_is_measured() -> None:
 
 def slow_steps(house: Bench) -> list[list[ChunkShape]]:
     """Runs until idle; every step takes what `seconds` says."""
-    steps = []
+    steps: list[list[ChunkShape]] = []
     while True:
         chunks, _ = house.schedule()
         if not chunks:
@@ -190,7 +193,7 @@ class Clock:
 class SlowModel(FakeModel):
     clock = Clock()
 
-    def launch(self, chunks: list[Chunk]) -> Launched:  # type: ignore[override]
+    def launch(self, chunks: Items[Chunk]) -> Launched:
         self.clock.now += seconds(sum(chunk.length for chunk in chunks))
         return super().launch(chunks)
 

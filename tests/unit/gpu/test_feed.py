@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kvrelay.engine.batch_state import BatchState
-from kvrelay.engine.feed import TorchFeed
+from kvrelay.engine.feed import Feed, TorchFeed
 from kvrelay.engine.kernels.gpu.feed import GpuFeed
 from kvrelay.engine.sequence import Chunk, Sequence
 from kvrelay.request import Request, Sampling
@@ -35,8 +35,9 @@ def make_state(num_used: int, max_rows: int) -> BatchState:
 @pytest.mark.parametrize(("num_used", "num_rows", "max_rows"), [(1, 1, 1), (3, 8, 8), (5, 8, 20), (130, 136, 300)])
 def test_both_halves(num_used: int, num_rows: int, max_rows: int) -> None:
     states = [make_state(num_used, max_rows) for _ in range(2)]
+    feeds: list[Feed] = [TorchFeed(), GpuFeed()]
     results = []
-    for state, feed in zip(states, (TorchFeed(), GpuFeed()), strict=True):
+    for state, feed in zip(states, feeds, strict=True):
         kept = torch.zeros(2, max_rows, dtype=torch.int64, device=DEVICE)
         turn = torch.ones(1, dtype=torch.int64, device=DEVICE)
         rows = state.view(num_rows)

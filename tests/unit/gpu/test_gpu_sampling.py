@@ -62,8 +62,8 @@ def expected(logits: torch.Tensor, requests: list[Sampling], first_position: int
     return [token.token_id for token in sample(logits, requests, positions)]
 
 
-@triton.jit
-def draw_bits(seeds, positions, bits, COUNT: tl.constexpr):
+@triton.jit  # type: ignore[untyped-decorator]
+def draw_bits(seeds, positions, bits, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
     rows = tl.arange(0, COUNT)
     tl.store(bits + rows, random_bits(tl.load(seeds + rows), tl.load(positions + rows)).to(tl.int64, bitcast=True))
 
