@@ -61,6 +61,8 @@ CHECKSUMS = ("off", "sampled", "full")
 LIMITS = {"shm": "memcpy", "nixl": "raw nixl"}
 START_SECONDS = 120.0
 
+Work = Callable[[], Awaitable[Any]]
+
 
 def layout(shape: str) -> KvLayout:
     sizes = SHAPES[shape]
@@ -158,7 +160,7 @@ async def _pull_all(
     if "nixl" in transports:
         limits["nixl"] = await _raw_nixl(registry, cache)
 
-    async def timed(name: str, work: Callable[[], Awaitable[Any]]) -> None:
+    async def timed(name: str, work: Work) -> None:
         started = time.perf_counter()
         await work()
         found[name].append(num_bytes / (time.perf_counter() - started))
@@ -168,7 +170,7 @@ async def _pull_all(
             if name in limits:  # not grpc, whose bytes come in the events
                 async with links[name].use("prefill-0", EPOCH) as link:
                     copy = functools.partial(link.receiver.receive, blocks, blocks, b"")
-                    pair = [(LIMITS[name], limits[name]), (f"{name} copy", copy)]
+                    pair: list[tuple[str, Work]] = [(LIMITS[name], limits[name]), (f"{name} copy", copy)]
                     for what, work in pair if number % 2 else reversed(pair):
                         await timed(what, work)
             for mode in CHECKSUMS:

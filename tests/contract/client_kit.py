@@ -83,14 +83,15 @@ class Servicer(inference_pb2_grpc.InferenceServiceServicer):
             memory_bytes=1 << 30,
             links=[pb.LinkStatus(prefill_worker_id="p", transport="grpc", bandwidth=2e9, latency=0.5, fallback="far")],
         )
+        unknown: Any = 99
         return pb.GetClusterStatusResponse(
-            workers=[worker, pb.WorkerStatus(id="of-the-future", role=99, state=99)],
+            workers=[worker, pb.WorkerStatus(id="of-the-future", role=unknown, state=unknown)],
             gateways=[pb.GatewayStatus(id="gateway-0", address="127.0.0.1:8", pid=6)],
             queue=pb.QueueStatus(waiting=1, running=2, capacity=3),
         )
 
     async def ListHeldBlocks(self, request: Any, context: Any) -> pb.ListHeldBlocksResponse:
-        held = {"worker_id": "decode-0", "request_id": "r", "block_ids": [1, 2], "age_seconds": 0.5}
+        held: dict[str, Any] = {"worker_id": "decode-0", "request_id": "r", "block_ids": [1, 2], "age_seconds": 0.5}
         return pb.ListHeldBlocksResponse(
             held=[
                 pb.HeldBlocks(**held, state="running"),

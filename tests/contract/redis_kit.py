@@ -25,7 +25,7 @@ def redis_servers() -> dict[str, Path]:
     return {name: path for name, path in found.items() if path is not None}
 
 
-@pytest.fixture(scope="session", params=redis_servers().values(), ids=redis_servers().keys())
+@pytest.fixture(scope="session", params=redis_servers().values(), ids=list(redis_servers()))
 def redis_binary(request: pytest.FixtureRequest) -> Path:
     path: Path = request.param
     return path

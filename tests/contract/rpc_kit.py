@@ -62,12 +62,13 @@ class Running:
             await self.channel.unary_unary(method, None, None)(message)
 
     async def health_of(self, service: str) -> int:
-        return (await self.health.Check(health_pb2.HealthCheckRequest(service=service))).status
+        status: int = (await self.health.Check(health_pb2.HealthCheckRequest(service=service))).status
+        return status
 
 
 @pytest.fixture
 async def running() -> AsyncIterator[Running]:
-    servicer = Servicer()
+    servicer = Servicer()  # type: ignore[abstract]  # what is left out is unimplemented
     add = inference_pb2_grpc.add_InferenceServiceServicer_to_server
     server = rpc.Server("127.0.0.1", 0, [rpc.Service(NAME, add, servicer, work={"Generate"})])
     port = await server.start()

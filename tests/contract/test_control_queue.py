@@ -214,7 +214,9 @@ async def test_who_reads_redis_cannot_try_out_bodies(redis: Redis) -> None:
     for index, key in enumerate((KEY, KEY, b"another key" * 3)):
         queue = new_queue(redis, f"g{index}", running=9, key=key)
         await enter(queue, f"r{index}", body_digest)
-        digests.append(await redis.hget(f"kvrelay:request:r{index}", "digest"))
-        assert len(digests[-1]) == len(body_digest)
+        digest = await redis.hget(f"kvrelay:request:r{index}", "digest")
+        assert digest is not None
+        assert len(digest) == len(body_digest)
+        digests.append(digest)
     assert digests[0] == digests[1]
     assert len({body_digest, *digests}) == 3

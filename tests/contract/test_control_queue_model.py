@@ -2,6 +2,8 @@
 
 import asyncio
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 from hypothesis import strategies as st
@@ -99,7 +101,8 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
 
 def test_queue_does_as_the_model(shared_server: PrivateRedis, loop: asyncio.AbstractEventLoop) -> None:
     redis = loop.run_until_complete(connect(shared_server.url))
+    machine: Any = partial(QueueMachine, redis, loop)
     try:
-        run_state_machine_as_test(lambda: QueueMachine(redis, loop), settings=exploring(max_examples=15, max_acts=30))
+        run_state_machine_as_test(machine, settings=exploring(max_examples=15, max_acts=30))
     finally:
         loop.run_until_complete(redis.aclose())

@@ -188,8 +188,9 @@ def test_a_heartbeat_carries_the_links() -> None:
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
 def test_a_rate_is_a_finite_number(value: float) -> None:
     for field in ("bandwidth", "latency"):
+        rates = {"bandwidth": 1.0, "latency": 1.0, field: value}
         with pytest.raises(ValueError, match="not finite"):
-            replace(LinkRecord("prefill-0", "shm", 1.0, 1.0), **{field: value})
+            LinkRecord("prefill-0", "shm", **rates)
 
 
 def test_a_lease_of_an_older_worker_has_no_links() -> None:

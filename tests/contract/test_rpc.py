@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -49,7 +50,7 @@ async def test_every_error_comes_back_as_it_was_raised(running: Running, error_c
 async def test_an_error_within_a_stream_follows_what_was_sent(running: Running) -> None:
     running.servicer.count = 3
     running.servicer.fail_with(Unavailable("the worker is gone", reason="WORKER_LOST"))
-    call = running.stub.Generate(inference_pb2.GenerateRequest())
+    call: Any = running.stub.Generate(inference_pb2.GenerateRequest())
     assert [(await call.read()).seq for _ in range(3)] == [1, 2, 3]
     with pytest.raises(Unavailable) as caught, rpc.translated():
         await call.read()
@@ -105,8 +106,8 @@ async def test_a_malformed_message_is_an_invalid_argument(running: Running, meth
 
 
 async def test_a_malformed_message_to_reflection_is_an_invalid_argument(running: Running) -> None:
-    call = running.channel.stream_stream(f"/{reflection_pb2.DESCRIPTOR.package}.ServerReflection/ServerReflectionInfo")
-    stream = call(iter([b"\xff"]))
+    method = f"/{reflection_pb2.DESCRIPTOR.package}.ServerReflection/ServerReflectionInfo"
+    stream = running.channel.stream_stream(method, None, None)(iter([b"\xff"]))
     with pytest.raises(errors.InvalidArgument), rpc.translated():
         await stream.read()
 

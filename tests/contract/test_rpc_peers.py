@@ -5,6 +5,7 @@ import contextlib
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -119,7 +120,7 @@ async def test_calls_that_a_server_never_took_up_before_it_stopped_can_be_sent_a
 async def test_what_a_client_cancelled_is_no_loss(running: Running) -> None:
     running.servicer.count, running.servicer.ending = 1, asyncio.Event().wait
     with rpc.open_sync_channel(f"127.0.0.1:{running.port}") as channel:
-        call = inference_pb2_grpc.InferenceServiceStub(channel).Generate(inference_pb2.GenerateRequest())
+        call: Any = inference_pb2_grpc.InferenceServiceStub(channel).Generate(inference_pb2.GenerateRequest())
         call.cancel()
         with pytest.raises(Cancelled), rpc.translated():
             await asyncio.to_thread(next, call)

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from kv_transfer.service import KvService
 from kv_transfer.transport import TransferFailed
 from kvrelay.engine.kv_cache import KvCache
 from kvrelay.v1 import kv_pb2
-from tests.contract.transport_kit import EPOCH, NUM_BLOCKS, TRANSPORTS, Pair, pair
+from tests.contract.transport_kit import EPOCH, NUM_BLOCKS, TRANSPORTS, Pair, noting, pair
 from tests.patience import SOON, until
 
 TABLES = {
@@ -53,7 +54,7 @@ async def test_large_run_comes_in_several_events(preference: str, monkeypatch: p
     monkeypatch.setattr("kv_transfer.service.MAX_RUN_BYTES", 3 * 8192 + 1)
     async with pair(preference) as workers:
         counts: list[int] = []
-        workers.prefill.tamper = lambda event: counts.append(event.ready.count) or [event]
+        workers.prefill.tamper = noting(lambda event: counts.append(event.ready.count))
         await workers.decode.puller.pull(workers.prefill.grant_complete(range(8)), range(8), 0)
         assert counts == [3, 3, 2, 0]
         assert workers.same(range(8), range(8))
@@ -64,7 +65,7 @@ async def test_blocks_move_before_the_prompt_is_done(workers: Pair) -> None:
     task = asyncio.create_task(workers.decode.puller.pull(ticket, range(20, 30), 0))
     for num_final in (1, 4, 9):
         handover.advance(num_final)
-        await until(lambda n=num_final: workers.same(range(n), range(20, 20 + n)))
+        await until(partial(workers.same, range(num_final), range(20, 20 + num_final)))
         assert not task.done()
     handover.complete(5, workers.prefill.now)
     assert (await task).first_token_id == 5
@@ -138,14 +139,14 @@ async def test_a_pull_keeps_the_lease(workers: Pair) -> None:
 
 @pytest.mark.parametrize("num_cached", [0, 8])
 async def test_each_event_renews_the_lease(num_cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    def pass_time(event: kv_pb2.PullResponse) -> list[kv_pb2.PullResponse]:
-        workers.prefill.now += 29
-        workers.prefill.leases.expire(workers.prefill.now)
-        return [event]
-
     monkeypatch.setattr("kv_transfer.service.MAX_RUN_BYTES", 1)
     async with pair("grpc") as workers:
-        workers.prefill.tamper = pass_time
+
+        def pass_time(event: kv_pb2.PullResponse) -> None:
+            workers.prefill.now += 29
+            workers.prefill.leases.expire(workers.prefill.now)
+
+        workers.prefill.tamper = noting(pass_time)
         ticket = workers.prefill.grant_complete(range(8))
         workers.prefill.now += 29
         await workers.decode.puller.pull(ticket, range(8), num_cached)

@@ -11,7 +11,7 @@ from kv_transfer.tickets import Ticket, sign_ticket
 from kv_transfer.transport import TransferFailed
 from kvrelay.errors import InvalidArgument
 from kvrelay.v1 import kv_pb2
-from tests.contract.transport_kit import KEY, TRANSPORTS, Pair, pair
+from tests.contract.transport_kit import KEY, TRANSPORTS, Pair, noting, pair
 
 FULL, SAMPLED, OFF = CHECKSUM_MODES["full"], CHECKSUM_MODES["sampled"], CHECKSUM_MODES["off"]
 
@@ -73,7 +73,7 @@ async def test_the_decode_worker_decides(transport: str, mode: str, monkeypatch:
     monkeypatch.setattr("kv_transfer.service.MAX_RUN_BYTES", 5 * 8192)
     async with pair(transport, checksum=mode) as workers:
         sent: list[int] = []
-        workers.prefill.tamper = lambda event: sent.extend(event.ready.checksums) or [event]
+        workers.prefill.tamper = noting(lambda event: sent.extend(event.ready.checksums))
         ticket = workers.prefill.grant_complete(range(48))
         await workers.decode.puller.pull(ticket, range(48), 0)
         assert len(sent) == {"full": 48, "sampled": len(_sampled(ticket, 48)), "off": 0}[mode]

@@ -17,7 +17,7 @@ from kv_transfer.transport import TransferFailed
 from kvrelay.errors import ConfigurationError, FailedPrecondition, KvrelayError, Unavailable
 from kvrelay.rpc import open_channel, translated
 from kvrelay.v1 import kv_pb2, kv_pb2_grpc
-from tests.contract.transport_kit import EPOCH, TRANSPORTS, Prefill, Registry, decode_worker, pair
+from tests.contract.transport_kit import EPOCH, TRANSPORTS, Prefill, Registry, decode_worker, noting, pair
 from tests.patience import SOON, until
 
 
@@ -62,7 +62,8 @@ async def _choose(
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
 async def test_the_fastest_comes_first(count: int) -> None:
     names = FASTEST_FIRST[-count:]
-    choice = await _choose(**{name: Fake(name) for name in reversed(names)})
+    receivers: dict[str, Any] = {name: Fake(name) for name in reversed(names)}
+    choice = await _choose(**receivers)
     assert (choice.receiver.name, choice.fallback) == (names[0], "")
     assert choice.bandwidth > 0
 
@@ -191,7 +192,8 @@ async def test_protocol_versions_differ(end: str, monkeypatch: pytest.MonkeyPatc
 async def test_a_broken_way_is_replaced() -> None:
     async with pair("shm") as workers:
         async with workers.decode.links.use("prefill-0", EPOCH) as link:
-            link.receiver.usable = False
+            receiver: Any = link.receiver
+            receiver.usable = False
         await workers.decode.puller.pull(workers.prefill.grant_complete(range(8)), range(8), 0)
         assert workers.prefill.num_pairings == 2
         assert workers.same(range(8), range(8))
@@ -260,7 +262,7 @@ async def test_waiting_for_prefill_is_not_receiving(transport: str, monkeypatch:
         handover, ticket = workers.prefill.grant(range(16))
         handover.advance(4)
         arrived = asyncio.Event()
-        workers.prefill.tamper = lambda event: arrived.set() or [event]
+        workers.prefill.tamper = noting(lambda event: arrived.set())
         task = asyncio.create_task(workers.decode.puller.pull(ticket, range(16), 0))
         await asyncio.wait_for(arrived.wait(), SOON)
         await until(lambda: workers.same(range(4), range(4)))

@@ -21,16 +21,16 @@ from tests.patience import until
 BLOCKS = range(10, 18)
 
 
-def joined(path: Path) -> PoolFile:
-    return PoolFile.join(str(path), LAYOUT, NUM_BLOCKS, lambda num_bytes: None)
+def joined(path: Path | None) -> PoolFile | None:
+    return None if path is None else PoolFile.join(str(path), LAYOUT, NUM_BLOCKS, lambda num_bytes: None)
 
 
 @contextlib.asynccontextmanager
 async def two_workers(prefill_pool: Path | None, decode_pool: Path | None, preference: str) -> AsyncIterator[Pair]:
-    prefill = Prefill(shared=prefill_pool and joined(prefill_pool))
+    prefill = Prefill(shared=joined(prefill_pool))
     async with (
         prefill.serving(),
-        decode_worker(Registry(prefill.record), preference, shared=decode_pool and joined(decode_pool)) as decode,
+        decode_worker(Registry(prefill.record), preference, shared=joined(decode_pool)) as decode,
     ):
         yield Pair(prefill, decode)
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -60,7 +61,7 @@ async def test_two_pulls_at_once_read_the_same_and_one_gets_it(three: tuple[Pair
     both = (workers.decode, second)
     pulls = [asyncio.create_task(decode.puller.pull(ticket, range(NUM_BLOCKS), 0)) for decode in both]
     for decode in both:
-        await until(lambda decode=decode: same(workers, decode, 4))
+        await until(partial(same, workers, decode, 4))
     assert not any(pull.done() for pull in pulls)
     handover.complete(7, workers.prefill.now)
     outcomes = await asyncio.gather(*pulls, return_exceptions=True)
@@ -75,7 +76,11 @@ async def test_two_pulls_at_once_read_the_same_and_one_gets_it(three: tuple[Pair
 async def test_the_lease_is_of_who_pulls_last(three: tuple[Pair, Decode]) -> None:
     workers, second = three
     _, ticket = workers.prefill.grant(range(NUM_BLOCKS))
+
+    def is_of(decode: Decode) -> bool:
+        return workers.prefill.leases.owner("r1") == decode.links.worker_id
+
     for decode in (workers.decode, second):
         pull = asyncio.create_task(decode.puller.pull(ticket, range(NUM_BLOCKS), 0))
-        await until(lambda decode=decode: workers.prefill.leases.owner("r1") == decode.links.worker_id)
+        await until(partial(is_of, decode))
         await cancelled(pull)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from kv_transfer.shm import ShmReceiver, offer_pool
+from kv_transfer.shm import ShmReceiver
 from kv_transfer.transport import TransferFailed
 from kvrelay.engine.kv_cache import KvCache
 from kvrelay.errors import FailedPrecondition
@@ -30,6 +30,7 @@ from tests.contract.transport_kit import (
     Prefill,
     Registry,
     decode_worker,
+    offered,
     pair,
     prefill_process,
 )
@@ -50,8 +51,13 @@ def cache() -> Any:
     cache.close()
 
 
+def _memfd(cache: KvCache) -> int:
+    assert cache.fd is not None
+    return cache.fd
+
+
 def _overwrite(prefill: Prefill, offset: int, data: bytes) -> None:
-    os.pwrite(prefill.cache.fd, data, offset)
+    os.pwrite(_memfd(prefill.cache), data, offset)
 
 
 SPOILED = {
@@ -72,7 +78,7 @@ SPOILED = {
 
 @pytest.mark.parametrize("spoil", SPOILED.values(), ids=SPOILED.keys())
 def test_pool_that_is_not_what_was_offered(prefill: Prefill, cache: KvCache, spoil: Any) -> None:
-    offer = offer_pool(prefill.cache)
+    offer = offered(prefill.cache)
     ShmReceiver.open_pool(offer, EPOCH, cache).close()
     spoiled = spoil(prefill, offer)
     offer = spoiled if isinstance(spoiled, type(offer)) else offer
@@ -87,7 +93,7 @@ def test_pool_that_is_not_what_was_offered(prefill: Prefill, cache: KvCache, spo
 def test_offered_file_that_is_a_pipe(prefill: Prefill, cache: KvCache) -> None:
     reader, writer = os.pipe()
     try:
-        offer = replace(offer_pool(prefill.cache), fd=writer)
+        offer = replace(offered(prefill.cache), fd=writer)
         with pytest.raises(FailedPrecondition, match="another size"):
             ShmReceiver.open_pool(offer, EPOCH, cache)
     finally:
@@ -107,7 +113,7 @@ def test_host_id_holds_boot_and_pid_namespace() -> None:
 
 @pytest.mark.parametrize("block_id", [-1, 64, 2**32 - 1])
 async def test_block_out_of_range_is_not_read(prefill: Prefill, cache: KvCache, block_id: int) -> None:
-    receiver = ShmReceiver.open_pool(offer_pool(prefill.cache), EPOCH, cache)
+    receiver = ShmReceiver.open_pool(offered(prefill.cache), EPOCH, cache)
     try:
         with pytest.raises(TransferFailed) as caught:
             await receiver.receive([0, block_id], [0, 1], b"")
@@ -119,10 +125,10 @@ async def test_block_out_of_range_is_not_read(prefill: Prefill, cache: KvCache, 
 
 @pytest.mark.parametrize("seals", [0, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL], ids=["none", "others"])
 def test_a_pool_that_could_be_shortened_is_not_mapped(prefill: Prefill, cache: KvCache, seals: int) -> None:
-    offer = offer_pool(prefill.cache)
+    offer = offered(prefill.cache)
     fd = os.memfd_create("copy", os.MFD_ALLOW_SEALING)
     try:
-        os.write(fd, os.pread(prefill.cache.fd, offer.size, 0))
+        os.write(fd, os.pread(_memfd(prefill.cache), offer.size, 0))
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
         with pytest.raises(FailedPrecondition, match="shortened") as caught:
             ShmReceiver.open_pool(replace(offer, fd=fd), EPOCH, cache)
@@ -132,18 +138,18 @@ def test_a_pool_that_could_be_shortened_is_not_mapped(prefill: Prefill, cache: K
 
 
 def test_a_file_without_seals_is_not_mapped(prefill: Prefill, cache: KvCache, tmp_path: Path) -> None:
-    offer = offer_pool(prefill.cache)
-    (tmp_path / "pool").write_bytes(os.pread(prefill.cache.fd, offer.size, 0))
+    offer = offered(prefill.cache)
+    (tmp_path / "pool").write_bytes(os.pread(_memfd(prefill.cache), offer.size, 0))
     with open(tmp_path / "pool", "rb") as pool, pytest.raises(FailedPrecondition, match="shortened"):
         ShmReceiver.open_pool(replace(offer, fd=pool.fileno()), EPOCH, cache)
 
 
 async def test_nobody_can_shorten_a_pool_that_is_read(prefill: Prefill, cache: KvCache) -> None:
-    receiver = ShmReceiver.open_pool(offer_pool(prefill.cache), EPOCH, cache)
+    receiver = ShmReceiver.open_pool(offered(prefill.cache), EPOCH, cache)
     try:
         for size in (0, 4096 + 3 * 8192 + 100, 2 * prefill.cache.size):
             with pytest.raises(PermissionError):
-                os.ftruncate(prefill.cache.fd, size)
+                os.ftruncate(_memfd(prefill.cache), size)
         await receiver.receive([2, 3], [2, 3], b"")
         assert bytes(cache.read_blocks([2, 3])) == bytes(prefill.cache.read_blocks([2, 3]))
     finally:
@@ -154,7 +160,7 @@ def test_a_mapped_pool_is_resident_at_once_and_counts_as_the_owners(cache: KvCac
     prefill = Prefill(num_blocks=(32 << 20) // LAYOUT.block_bytes)
     try:
         shared, own = _shared_memory(), own_memory(cache.size)
-        receiver = ShmReceiver.open_pool(offer_pool(prefill.cache), EPOCH, cache)
+        receiver = ShmReceiver.open_pool(offered(prefill.cache), EPOCH, cache)
         assert _shared_memory() - shared >= 32 << 20
         assert abs(own_memory(cache.size) - own) < 4 << 20
         receiver.close()
@@ -177,7 +183,7 @@ async def test_the_event_loop_goes_on_while_a_pool_is_mapped(cache: KvCache) -> 
 
     def map_it() -> int:
         before = num_ticks
-        receiver = ShmReceiver.open_pool(offer_pool(source), EPOCH, cache)
+        receiver = ShmReceiver.open_pool(offered(source), EPOCH, cache)
         after = num_ticks
         receiver.close()
         return after - before
@@ -203,14 +209,19 @@ def test_nothing_is_resident_before_pages_are_touched(
         return memory
 
     monkeypatch.setattr("kv_transfer.shm.mmap", SimpleNamespace(**{**vars(mmap), "mmap": mapped}))
-    ShmReceiver.open_pool(offer_pool(prefill.cache), EPOCH, cache).close()
+    ShmReceiver.open_pool(offered(prefill.cache), EPOCH, cache).close()
     assert resident == [0]
 
 
 async def test_a_pool_is_unmapped_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     threads: list[int] = []
     close = ShmReceiver.close
-    monkeypatch.setattr(ShmReceiver, "close", lambda self: threads.append(threading.get_ident()) or close(self))
+
+    def noting_close(self: ShmReceiver) -> None:
+        threads.append(threading.get_ident())
+        close(self)
+
+    monkeypatch.setattr(ShmReceiver, "close", noting_close)
     async with pair("shm") as workers:
         await workers.decode.puller.pull(workers.prefill.grant_complete(range(8)), range(8), 0)
         await workers.decode.links.close()
@@ -246,7 +257,7 @@ async def test_closed_links_leave_no_file_open() -> None:
 
 def _times_open(cache: KvCache) -> int:
     """How many of this process's descriptors are the pool; each of Python's mappings is one."""
-    inode = os.fstat(cache.fd).st_ino
+    inode = os.fstat(_memfd(cache)).st_ino
     count = 0
     for name in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
@@ -269,6 +280,7 @@ async def test_another_process(preference: str) -> None:
     async with prefill_process() as (process, record, ticket), decode_worker(Registry(record), preference) as decode:
         task = asyncio.create_task(decode.puller.pull(ticket, range(16), 0))
         await until(lambda: decode.cache.read_blocks(range(8)) == _expected(range(8)))
+        assert process.stdin is not None
         process.stdin.write(b"\n")
         pulled = await asyncio.wait_for(task, SOON)
         assert (pulled.transport, pulled.first_token_id) == (preference, 42)

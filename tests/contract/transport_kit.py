@@ -21,7 +21,7 @@ from kv_transfer.service import KvService
 from kv_transfer.shm import offer_pool
 from kv_transfer.tickets import sign_ticket
 from kvrelay.control.membership import WorkerEntry
-from kvrelay.control.registry import ModelInfo, WorkerLoad, WorkerRecord
+from kvrelay.control.registry import ModelInfo, ShmOffer, WorkerLoad, WorkerRecord
 from kvrelay.engine.kv_cache import KvCache
 from kvrelay.engine.kv_layout import KvLayout
 from kvrelay.engine.pool_file import PoolFile
@@ -40,6 +40,23 @@ TRANSPORTS = [
     pytest.param("nixl", marks=pytest.mark.skipif(nixl_problem() is not None, reason=str(nixl_problem()))),
 ]
 Tamper = Callable[[kv_pb2.PullResponse], Sequence[kv_pb2.PullResponse]]
+
+
+def offered(cache: KvCache) -> ShmOffer:
+    """What `offer_pool` says of a pool that others can map, as all pools on a CPU."""
+    offer = offer_pool(cache)
+    assert offer is not None
+    return offer
+
+
+def noting(note: Callable[[kv_pb2.PullResponse], object]) -> Tamper:
+    """Leaves the events as they are."""
+
+    def tamper(event: kv_pb2.PullResponse) -> Sequence[kv_pb2.PullResponse]:
+        note(event)
+        return [event]
+
+    return tamper
 
 
 class Prefill:
@@ -107,7 +124,8 @@ class _TamperingService(KvService):
         return await super().Pair(request, context)
 
     async def Pull(self, request: kv_pb2.PullRequest, context: Any) -> AsyncIterator[kv_pb2.PullResponse]:
-        async with contextlib.aclosing(super().Pull(request, context)) as events:
+        pulled: Any = super().Pull(request, context)
+        async with contextlib.aclosing(pulled) as events:
             async for event in events:
                 for tampered in self._prefill.tamper(event):
                     yield tampered
@@ -204,7 +222,7 @@ async def prefill_process() -> AsyncIterator[tuple[asyncio.subprocess.Process, W
         told = json.loads(await asyncio.wait_for(process.stdout.readline(), SOON))
         here = Prefill()
         here.port = told["port"]
-        shm = replace(offer_pool(here.cache), **told["shm"])
+        shm = replace(offered(here.cache), **told["shm"])
         here.cache.close()
         record = WorkerRecord(
             "prefill-0", WorkerRole.PREFILL, f"127.0.0.1:{told['port']}", process.pid, here.record.model, shm, EPOCH

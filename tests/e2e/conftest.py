@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,7 +31,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cluster(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """One prefill and one decode worker, a short queue, and a short memory for finished requests."""
     run_dir = tmp_path_factory.mktemp("shared") / "run"
-    limits = {"max_running": 8, "max_waiting": 8, "replay_requests": 8}
+    limits: dict[str, Any] = {"max_running": 8, "max_waiting": 8, "replay_requests": 8}
     with start_cluster(run_dir, tiny_llama, num_blocks=4096, **limits) as cluster:
         yield cluster
 

@@ -35,7 +35,12 @@ def prompt_of(length: int, first: int = 1) -> list[int]:
 def test_tokens_are_those_of_transformers_wherever_prompts_are_computed(tmp_path: Path, disaggregation: str) -> None:
     model = make_checkpoint(tmp_path / "llama")
     prompts = mixed_prompts(seed=2)
-    settings = {"disaggregation": disaggregation, "block_size": 8, "num_blocks": 20, "max_batched_tokens": 27}
+    settings: dict[str, Any] = {
+        "disaggregation": disaggregation,
+        "block_size": 8,
+        "num_blocks": 20,
+        "max_batched_tokens": 27,
+    }
     with start_cluster(tmp_path / "run", model, itl_limit=0.001, **settings) as cluster:
         first = complete_all(cluster.target, prompts)
         cluster.wait_whole()
@@ -152,7 +157,7 @@ def test_scarce_decode_blocks_are_not_reserved_while_a_long_prompt_is_computed(
 ) -> None:
     """The prefill worker is frozen in the middle of the prompt, so that there is time to look."""
     prompt = prompt_of(3000)  # more than half of the decode worker's blocks
-    settings = {"num_blocks": 256, "context_length": 4096, "max_batched_tokens": 8}
+    settings: dict[str, Any] = {"num_blocks": 256, "context_length": 4096, "max_batched_tokens": 8}
     with start_cluster(tmp_path / "run", tiny_llama, **settings) as cluster:
         with cluster.client() as client, ThreadPoolExecutor(1) as threads:
             completion = threads.submit(client.complete, token_ids=prompt, max_tokens=5, **GREEDY)

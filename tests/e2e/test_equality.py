@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -78,7 +79,7 @@ def test_tokens_are_those_of_transformers(
     tmp_path: Path, architecture: str, transport: str, prefill: int, decode: int
 ) -> None:
     model = make_checkpoint(tmp_path / architecture, architecture)
-    settings = {
+    settings: dict[str, Any] = {
         "transport": transport,
         "shared_pool": "auto" if transport == "pool" else "",
         "block_size": BLOCK_SIZE,

@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from redis import Redis
@@ -42,7 +43,7 @@ BLOCK_SIZE, NUM_BLOCKS = 16, 600
 def pair_cluster(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Two workers of each role; steps are so small that long prompts take a while."""
     run_dir = tmp_path_factory.mktemp("failures") / "run"
-    settings = {"block_size": BLOCK_SIZE, "num_blocks": NUM_BLOCKS, "max_batched_tokens": 4}
+    settings: dict[str, Any] = {"block_size": BLOCK_SIZE, "num_blocks": NUM_BLOCKS, "max_batched_tokens": 4}
     with start_cluster(run_dir, tiny_llama, prefill=2, decode=2, **settings) as cluster:
         yield cluster
 

@@ -1,6 +1,7 @@
 """Steps one behind, through real processes: prefill, handover, decode, and the same tokens."""
 
 from pathlib import Path
+from typing import Any
 
 from tests.checkpoints import greedy_oracle, make_checkpoint
 from tests.e2e.cluster import start_cluster
@@ -9,7 +10,7 @@ from tests.e2e.test_equality import mixed_prompts, num_preemptions, rounds_with_
 
 def test_tokens_are_those_of_transformers(tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path / "llama", "llama")
-    settings = {"overlap": "always", "block_size": 8, "num_blocks": 20, "max_batched_tokens": 27}
+    settings: dict[str, Any] = {"overlap": "always", "block_size": 8, "num_blocks": 20, "max_batched_tokens": 27}
     with start_cluster(tmp_path / "run", model, prefill=1, decode=2, **settings) as cluster:
         prompts = mixed_prompts(seed=2)
         rounds = rounds_with_preemption(cluster, prompts, at_least=1)

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,7 @@ seeds = itertools.count(100)
 def shared(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """One prefill and two decode workers; steps are so small that long prompts take a while."""
     run_dir = tmp_path_factory.mktemp("shared-pool") / "run"
-    settings = {"num_blocks": NUM_BLOCKS, "max_batched_tokens": 32, "shared_pool": True}
+    settings: dict[str, Any] = {"num_blocks": NUM_BLOCKS, "max_batched_tokens": 32, "shared_pool": True}
     with start_cluster(run_dir, tiny_llama, prefill=1, decode=2, **settings) as cluster:
         yield cluster
 

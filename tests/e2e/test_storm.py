@@ -5,6 +5,7 @@ import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -70,7 +71,7 @@ async def storm(target: str, asked: Sequence[Prompt], random: Random) -> list[li
 @pytest.mark.parametrize("disaggregation", ["always", "auto"])
 def test_a_storm_of_aborts_leaves_nothing_behind(disaggregation: str, tmp_path: Path, tiny_llama: Path) -> None:
     """More requests than may run, and blocks for fewer than do, so that clients leave queues, handovers and batches."""
-    settings = {"block_size": 8, "num_blocks": 1024, "max_batched_tokens": 64, "max_running": 32}
+    settings: dict[str, Any] = {"block_size": 8, "num_blocks": 1024, "max_batched_tokens": 64, "max_running": 32}
     asked = prompts()
     with start_cluster(tmp_path / "run", tiny_llama, disaggregation=disaggregation, **settings) as cluster:
         pids = {worker.id: worker.pid for worker in cluster.status().workers}

@@ -49,7 +49,7 @@ def test_a_span_names_its_process_as_the_cluster_does(client: Client, receiver: 
     trace = receiver.trace_of(client.complete("Once", max_tokens=3, ignore_eos=True).request_id)
     instances = {trace[f"kvrelay.{name}"].instance for name in ("generate", "prefill", "decode")}
     status = client.status()
-    assert instances == {member.id for member in (*status.gateways, *status.workers)}
+    assert instances == {gateway.id for gateway in status.gateways} | {worker.id for worker in status.workers}
 
 
 def test_one_request_is_one_trace_of_three_services(client: Client, receiver: Receiver) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from random import Random
 
-from kvrelay.client import AsyncStream
+from kvrelay.client import AsyncStream, GenerateOptions
 from kvrelay.errors import DeadlineExceeded, NotFound, Unavailable
 from kvrelay.request import FinishReason, WorkerStatus
 from tests.faults.catalog import CATALOG, LONG_TOKENS
@@ -89,9 +89,14 @@ async def _give_up(rig: Rig, request_id: str, random: Random) -> str:
     """In which way it was given up, if it was."""
     client, way = rig.clients[random.choice(GATEWAYS)], random.choice(WAYS)
     seconds, num_tokens = random.uniform(0.0, LONGEST_SECONDS), random.randrange(LONGEST_TOKENS)
-    options = {**random.choice(CATALOG), "max_tokens": LONG_TOKENS, "cache_salt": request_id}
+    options: GenerateOptions = {
+        **random.choice(CATALOG),
+        "max_tokens": LONG_TOKENS,
+        "cache_salt": request_id,
+        "request_id": request_id,
+    }
     timeout = max(seconds, 0.001) if way == "deadline" else GUARD_SECONDS
-    stream = client.generate(timeout=timeout, request_id=request_id, **options)  # type: ignore[arg-type]
+    stream = client.generate(timeout=timeout, **options)
     reading = asyncio.create_task(_read(stream, num_tokens if way == "leaves after tokens" else LONG_TOKENS))
     try:
         if way in ("leaves", "aborts"):

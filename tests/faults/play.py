@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from kvrelay.client import Completion
+from kvrelay.client import Completion, GenerateOptions
 from kvrelay.errors import KvrelayError, Unavailable
 from tests.faults.catalog import CATALOG
 from tests.faults.faults import Fault, Kind
@@ -59,7 +59,8 @@ async def record(rig: Rig) -> References:
 
     async def run(number: int) -> Completion:
         async with limit:
-            return await rig.client.complete(**CATALOG[number], cache_salt="reference")
+            options: GenerateOptions = {**CATALOG[number], "cache_salt": "reference"}
+            return await rig.client.complete(**options)
 
     completions = await asyncio.gather(*(run(number) for number in range(len(CATALOG))))
     return dict(enumerate(completions))
@@ -231,9 +232,9 @@ class _Player:
         of_mine = [fault for fault in self._schedule.faults if fault.request == outcome.index]
         timeout = next((fault.seconds for fault in of_mine if fault.kind is Kind.DEADLINE), REQUEST_SECONDS)
         # A salt of its own, so that nothing is cached and all blocks travel.
-        options = {**CATALOG[outcome.ask], "cache_salt": self._name}
+        options: GenerateOptions = {**CATALOG[outcome.ask], "cache_salt": self._name, "request_id": outcome.request_id}
         outcome.num_tries += 1
-        stream = self._rig.client.generate(timeout=timeout, request_id=outcome.request_id, **options)  # type: ignore[arg-type]
+        stream = self._rig.client.generate(timeout=timeout, **options)
         try:
             async for chunk in stream:
                 outcome.chunks.append(chunk)

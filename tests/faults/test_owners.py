@@ -28,11 +28,17 @@ def is_being_pulled(held: Sequence[HeldBlocks]) -> bool:
 async def test_a_lease_is_the_gateways_until_a_decode_worker_pulls(rig: Rig, point: str) -> None:
     request_id = f"owned-{point}"
     expected = waits_for_a_pull if point == "decode.received" else is_being_pulled
-    options: GenerateOptions = {"token_ids": list(range(3, 100)), "max_tokens": 4, "ignore_eos": True}
+    options: GenerateOptions = {
+        "token_ids": list(range(3, 100)),
+        "max_tokens": 4,
+        "ignore_eos": True,
+        "request_id": request_id,
+        "cache_salt": request_id,
+    }
     await rig.wait_ready(*WORKERS)
     for name in DECODE:
         rig.processes[name].arm(f"{point}=delay:{WAIT_SECONDS}")
-    running = asyncio.create_task(rig.client.complete(**options, request_id=request_id, cache_salt=request_id))
+    running = asyncio.create_task(rig.client.complete(**options))
 
     async def is_as_expected() -> bool:
         held = await rig.client.held_blocks()

@@ -42,7 +42,8 @@ async def check_computed_once(rig: Rig, failpoint: str) -> None:
         "ignore_eos": True,
     }
     await rig.wait_ready(*WORKERS)
-    expected = await rig.client.complete(**options, cache_salt="reference")
+    reference: GenerateOptions = {**options, "cache_salt": "reference"}
+    expected = await rig.client.complete(**reference)
     num_struck = rig.processes[VICTIM].met().total()
     for attempt in range(NUM_TRIES):
         rig.processes[VICTIM].arm(failpoint)
@@ -50,7 +51,8 @@ async def check_computed_once(rig: Rig, failpoint: str) -> None:
             rig.processes[name].arm(COUNT_PROMPTS)
         before = num_prompts(rig)
         outcome = Outcome(f"{failpoint.replace('=', '-')}-{attempt}")
-        async for chunk in rig.client.generate(**options, request_id=outcome.request_id, cache_salt=outcome.request_id):
+        ask: GenerateOptions = {**options, "request_id": outcome.request_id, "cache_salt": outcome.request_id}
+        async for chunk in rig.client.generate(**ask):
             outcome.chunks.append(chunk)
         num_computed = num_prompts(rig) - before
         rig.heal()
