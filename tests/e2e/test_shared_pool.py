@@ -12,13 +12,14 @@ import pytest
 
 from kvrelay import Client
 from kvrelay.client import Stream
+from kvrelay.failpoints import VARIABLE
 from tests.e2e.cluster import START_SECONDS, Cluster, start_cluster
 from tests.e2e.processes import is_alive, kvrelay
-from tests.patience import eventually
+from tests.patience import SOON, eventually
 
 NUM_BLOCKS = 512
 LENGTH = 3000  # of a completion that runs for seconds
-LONG_PROMPT = [3 + number * 7 % 500 for number in range(4000)]  # which takes a while
+LONG_PROMPT = [3 + number * 7 % 500 for number in range(4000)]
 seeds = itertools.count(100)
 
 
@@ -27,8 +28,24 @@ def shared(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     """One prefill and two decode workers; steps are so small that long prompts take a while."""
     run_dir = tmp_path_factory.mktemp("shared-pool") / "run"
     settings: dict[str, Any] = {"num_blocks": NUM_BLOCKS, "max_batched_tokens": 32, "shared_pool": True}
-    with start_cluster(run_dir, tiny_llama, prefill=1, decode=2, **settings) as cluster:
+    environment = {VARIABLE: f"@{failpoints_of(run_dir)}"}
+    with start_cluster(run_dir, tiny_llama, prefill=1, decode=2, environment=environment, **settings) as cluster:
         yield cluster
+
+
+def failpoints_of(run_dir: Path) -> Path:
+    return run_dir.parent / "failpoints"
+
+
+@contextlib.contextmanager
+def late_pulls(cluster: Cluster) -> Iterator[None]:
+    """Inside, blocks are lent for seconds, however long it takes to look."""
+    failpoints = failpoints_of(cluster.run_dir)
+    failpoints.write_text("transfer.before_pull=delay:5")
+    try:
+        yield
+    finally:
+        failpoints.unlink()
 
 
 @pytest.fixture
@@ -113,16 +130,17 @@ def test_a_worker_is_killed_while_a_request_runs(cluster: Cluster, client: Clien
 def test_the_prefill_worker_is_killed_while_it_fills_blocks_that_are_lent(cluster: Cluster, client: Client) -> None:
     expected = list(client.complete(token_ids=LONG_PROMPT, max_tokens=8, temperature=0, cache_salt="a").token_ids)
     cluster.wait_whole()
-    stream = client.generate(token_ids=LONG_PROMPT, max_tokens=8, temperature=0, cache_salt="b")
     holders: list[set[int]] = []
 
     def is_lent() -> bool:
         holders[:] = [set(entry.block_ids) for entry in client.held_blocks()]
         return len(holders) == 2
 
-    eventually(is_lent, 30, "a decode worker holds blocks, too")
-    assert holders[0] == holders[1]
-    cluster.kill("prefill-0")
+    with late_pulls(cluster):
+        stream = client.generate(token_ids=LONG_PROMPT, max_tokens=8, temperature=0, cache_salt="b")
+        eventually(is_lent, SOON, "a decode worker holds blocks, too")
+        assert holders[0] == holders[1]
+        cluster.kill("prefill-0")
     assert tokens_of(stream) == expected
 
 
