@@ -1,6 +1,7 @@
 """Block tables as runs, and the bytes and checksums of blocks."""
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import xxhash
 
@@ -11,11 +12,11 @@ __all__ = ["checksums", "contiguous_runs", "num_matching", "read_bytes"]
 
 def contiguous_runs(*tables: Sequence[int]) -> Iterator[slice]:
     """The positions of each longest run in which every table counts up by one. The tables are equally long."""
-    length, start = len(tables[0]), 0
-    for end in range(1, length + 1):
-        if end == length or any(table[end] != table[end - 1] + 1 for table in tables):
-            yield slice(start, end)
-            start = end
+    length = len(tables[0])
+    ends = {length} if length else set()
+    for table in tables:
+        ends.update(end for end, (before, after) in enumerate(pairwise(table), 1) if after != before + 1)
+    yield from (slice(start, end) for start, end in pairwise([0, *sorted(ends)]))
 
 
 def read_bytes(cache: KvCache, block_ids: Sequence[int]) -> bytes:
